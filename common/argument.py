@@ -36,7 +36,7 @@ class Verb:
     """One verb; the function of the same name in `verbs` runs it.
 
     help: one line. flags: accepts flags for the fields of a recipe, or of the method's settings; more: a sentence
-    about them. json: accepts `--json FILE`.
+    about them. settings: these configs, "package.module.Class", which its help lists. json: accepts `--json FILE`.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Verb:
     flags: bool = False
     json: bool = False
     more: str = ""
+    settings: tuple[str, ...] = ()
 
 
 def seed(text: str) -> int:

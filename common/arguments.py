@@ -11,7 +11,7 @@ from heirloom.common.paths import place
 
 RECIPE = "a recipe: a name from heirloom recipes, or a .py file"
 FIELDS = "Every field of a recipe is a flag, such as --optim.lr 3e-4; heirloom {} RECIPE --help lists them."
-SAMPLER = "Settings of the sampler are flags as well, such as --steps 50{}."
+SETTINGS = "The settings below are flags as well, such as {}."
 
 
 def of_recipe(name: str, help: str, *arguments: Argument, **options: Any) -> Verb:
@@ -54,7 +54,7 @@ VERBS = (
                 action="append",
                 default=[],
                 metavar="NAME=VALUE",
-                help="what bare weights lack: heads, activation",
+                help="what the checkpoint does not say: heads, activation",
             ),
             argument("--quantize", choices=("int8",), help="matmul kernels as int8 with a scale per output channel"),
             argument("--no-verify", dest="verify", action="store_false", help="skip the comparison with the reference"),
@@ -157,7 +157,13 @@ VERBS = (
             ),
         ),
         flags=True,
-        more=FIELDS.format("eval"),
+        more=FIELDS.format("eval") + " Weights have the settings below.",
+        settings=(
+            "tinyclip_jax.evaluate.EvalConfig",
+            "learngene.evaluate.EvalConfig",
+            "lit_jax.evaluate.EvalConfig",
+            "weightgen.generator.sample.SampleConfig",
+        ),
         json=True,
     ),
     Verb(
@@ -212,7 +218,8 @@ VERBS = (
             argument("--force", action="store_true", help="draw again what is in --out"),
         ),
         flags=True,
-        more=SAMPLER.format(" or --guidance 4"),
+        more=SETTINGS.format("--steps 50 or --guidance 4"),
+        settings=("lit_jax.sample.SampleConfig", "lit_jax.denoiser.PromptConfig"),
         json=True,
     ),
     Verb(
@@ -278,7 +285,8 @@ VERBS = (
             argument("--force", action="store_true", help="replace what DIR contains"),
         ),
         flags=True,
-        more=SAMPLER.format(""),
+        more=SETTINGS.format("--steps 50"),
+        settings=("weightgen.generator.sample.SampleConfig",),
         json=True,
     ),
     Verb(
@@ -294,7 +302,7 @@ VERBS = (
     ),
     Verb(
         "explore",
-        "search around a language model, beside noise",
+        "search for better weights of a language model",
         (
             argument("what", metavar="PATH", help="hf:org/name or a folder of transformers, with its tokenizer"),
             argument("--select", type=path, required=True, metavar="TASK", help="questions that select, a JSON a line"),
@@ -303,7 +311,8 @@ VERBS = (
             argument("--force", action="store_true", help="replace DIR"),
         ),
         flags=True,
-        more="Settings of the search are flags as well, such as --step 0.05 or --candidates 8.",
+        more=SETTINGS.format("--step 0.05 or --candidates 8"),
+        settings=("weightgen.explore.ExploreConfig",),
         json=True,
     ),
     Verb(

@@ -1,14 +1,15 @@
 """The `heirloom` command. Nothing heavy is imported before a verb runs; bad input is one line and exit code 2."""
 
 import argparse
+import contextlib
 import io
 import os
+import pkgutil
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from types import FrameType
 from typing import Any
@@ -44,7 +45,7 @@ def script(name: str, run: Callable[[], None]) -> int:
     return Exit.DONE
 
 
-@contextmanager
+@contextlib.contextmanager
 def notes() -> Iterator[None]:
     """Prints remarks as notes in the block."""
     said: set[str] = set()
@@ -66,7 +67,7 @@ def notes() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def _terminated() -> Iterator[None]:
     """Lets SIGTERM end a command like Ctrl-C does, with exit code 75; a training handles it itself while it runs."""
     mine = os.getpid()
@@ -100,7 +101,11 @@ def _main(argv: Sequence[str] | None) -> int:
         argv = [without_file(text) for text in argv]
         _help_of_recipe(argv)
         parser = _parser()
-        args, rest = parser.parse_known_args(argv)
+        try:
+            args, rest = parser.parse_known_args(argv)
+        except SystemExit:  # the help of a verb was printed
+            _help_of_settings(argv)
+            raise
         verb = next(verb for verb in VERBS if verb.name == args.verb)
         if rest and not verb.flags:
             options = [name for argument in verb.arguments for name in argument.names] + (
@@ -164,6 +169,16 @@ def _help_of_recipe(argv: Sequence[str]) -> None:
         names = [argv[1]] if config.is_recipe(argv[1]) else [word for word in argv[2:-1] if word in config.recipes()]
         if names:
             config.load(names[0], ["--help"], argv[0])
+
+
+def _help_of_settings(argv: Sequence[str]) -> None:
+    """Lists the settings of a verb's methods, which are flags as well."""
+    for path in next((verb.settings for verb in VERBS if verb.name == argv[0]), ()):
+        from heirloom.common import config
+
+        with contextlib.redirect_stdout(io.StringIO()) as listed, contextlib.suppress(SystemExit):
+            config.parse(pkgutil.resolve_name(path)(), ["--help"], "")
+        print(f"\n{listed.getvalue().partition(chr(10) * 2)[2].rstrip()}")  # after the usage, which was printed
 
 
 class _Parser(argparse.ArgumentParser):

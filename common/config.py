@@ -153,8 +153,10 @@ def parse(cfg: T, flags: Sequence[str], prog: str, description: str | None = Non
         except SystemExit as end:
             if not end.code:
                 raise  # --help
-    words = re.sub(r"[\u2500-\u257f]|\x1b\[[0-9;]*m", " ", complaint.getvalue()).split()
-    raise InputError(" ".join(words))
+    # A frame with a title, the complaint, a rule, the help of a flag or its likely spelling, and where all are listed.
+    _, *lines = re.sub(r"[\u2500-\u257f]|\x1b\[[0-9;]*m", " ", complaint.getvalue()).strip().splitlines()
+    text = re.sub(r"[. ]*For full helptext, (run|see)", "; see", " ".join(" ".join(lines).split()))
+    raise InputError(re.sub(r" Argument helptext: .*(?=; see)", "", text))
 
 
 def _in_float32(cfg: T, name: str = "") -> T:

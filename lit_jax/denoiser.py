@@ -29,7 +29,7 @@ TEXT_STEP = 32  # texts are cut to a multiple of so many tokens: few lengths, fe
 
 @dataclass(frozen=True)
 class PromptConfig(SampleConfig):
-    """Settings of the sampler of text-to-image models; the defaults are those of PixArt-Σ."""
+    """Settings of the sampler of text-to-image models; the defaults are PixArt-Σ's."""
 
     sampler: Name = "dpm"
     """DPM-Solver++(2M) as PixArt runs it, ancestral DDPM with the learned variance, or DDIM."""

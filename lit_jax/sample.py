@@ -48,7 +48,7 @@ def check_guidance(guidance: float) -> None:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Settings of the sampler."""
+    """Settings of the sampler of models of classes."""
 
     sampler: Name = "ddpm"
     """Ancestral with the learned variance (the paper's numbers), DDIM, or DPM-Solver++(2M)."""

@@ -28,7 +28,7 @@ from weightgen.search import Params, greedy, matched, noise_proposal, row_propos
 
 @dataclass(frozen=True)
 class ExploreConfig:
-    """Settings of the search."""
+    """Settings of the search around a language model."""
 
     share: float = 0.25
     """Of the matrices of each kind, those with the best signal-to-noise ratio that are searched."""

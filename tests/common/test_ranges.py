@@ -119,7 +119,7 @@ def test_a_field_of_another_optimizer_is_refused():
     ("recipe", "flags", "why"),
     [
         ("lit/digits_dit", ["--distill.noise", "1"], "without teacher: set --teacher"),
-        ("lit/digits", ["--teacher", "x", "--distill.noise", "0", "--distill.variance", "0"], "both weights of distill"),
+        ("lit/digits", ["--teacher=x", "--distill.noise=0", "--distill.variance=0"], "both weights of distill"),
         ("lit/t2i_512", ["--sample.steps", "9"], "without prompts: set --prompts"),
         ("tinyclip/emoji", ["--donor=", "--depth-rule", "even"], "without donor: set --donor"),
         ("learngene/smoke", ["--layers", "0,1"], "without donor: set --donor"),

@@ -1,5 +1,6 @@
 """The commands in docs/ and README.md: each is one that heirloom accepts; those of the tour run."""
 
+import pkgutil
 import re
 import shlex
 from itertools import pairwise
@@ -9,6 +10,7 @@ import pytest
 
 from heirloom.common import cli, config
 from heirloom.common.arguments import VERBS
+from heirloom.common.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
@@ -29,6 +31,15 @@ def commands_in(markdown):
     return [shlex.split(line[1], comments=True) for line in found if line]
 
 
+def takes(path, flags):
+    """Whether a config, "package.module.Class", has these flags."""
+    try:
+        config.parse(pkgutil.resolve_name(path)(), flags, "")
+    except InputError:
+        return False
+    return True
+
+
 def check(words):
     """Fails where a verb, an argument, a recipe or a flag of a recipe does not exist. `...` stands for a value, or for
     more flags.
@@ -42,6 +53,8 @@ def check(words):
         flags = [part for flag in flags for part in flag.split(",")]
     if recipe in RECIPES:
         config.load(recipe, flags, args.verb)
+    elif flags and (known := next(verb.settings for verb in VERBS if verb.name == args.verb)):
+        assert any(takes(path, flags) for path in known), words
     else:
         assert getattr(args, "config", "RECIPE") in ("RECIPE", "CONFIG"), words
 
