@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import bench
 from benchmarks.soak_faults import FAULTS, Fault, inject
 from benchmarks.soak_jobs import METHODS, Job, Method, Zygote, make_data, may_mount, mounted
 
@@ -218,7 +219,8 @@ def write(args: argparse.Namespace, done: list[dict[str, Any]]) -> None:
     """Writes what is done to --json, whole or not at all."""
     if not args.json:
         return
-    about = {"seed": args.seed, "kinds": args.kinds, "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared"}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, shared"
+    about = bench.header(machine=machine) | {"seed": args.seed, "kinds": args.kinds}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     part = args.json.with_name(f"{args.json.name}.part")
     part.write_text(json.dumps(about | {"outcomes": done}, indent=1) + "\n")

@@ -4,6 +4,7 @@ pip install -e '.[tpu]' && python scripts/compile_recipes.py            # what t
 python scripts/compile_recipes.py lit/xl_2_512                          # this one again
 """
 
+import argparse
 import json
 import sys
 from datetime import date
@@ -57,17 +58,17 @@ is the compiler's own figure, and the time is what FLOPs, bytes and links alone 
 a step fits is the compiler's own judgement: it accepted one whose sum is above *of*. *Bound by* says which limit of a chip gives the
 estimate: matmuls (our count of FLOPs at the chip's bf16 peak), memory (state once, temporaries written and read once each, a rule of
 thumb), or links (all collectives, one after the other). *Of peak* is the share of the chip's bf16 peak that this leaves: 100 % where
-matmuls bind. *Collectives* are a device's, with the bytes of whole arrays: what is gathered,
-scattered, reduced or moved. One in a loop counts once for each trip; only in a loop whose condition is not *counter < constant* it counts
-once, which is then too few. Of a conditional both branches count, which is then too many. A sum of which each device keeps its part stands
-as an all-reduce where the compiler fused the two. *Compiled* are the day of a row and its versions of jax and libtpu; *bfloat16 sums*
-marks rows of a version whose devices added up gradients in bfloat16, where they now do in float32.
+matmuls bind. *Collectives* are the operations of one device; their sizes are those of the whole arrays. A collective in a loop
+is counted once for each iteration, or once in all where the number of iterations is unknown, which is then too few. Both branches of a
+conditional are counted, which is then too many. A fused reduce-scatter is listed as an all-reduce. *Compiled* gives the day of a row and
+its versions of jax and libtpu. *bfloat16 sums* marks rows of a version whose devices added up gradients in bfloat16; they now do so in
+float32.
 
 tinyclip/auto_45m_32 is the step after its masks are cut, at the size before the cut. tinyclip/progressive_32 is tinyclip/vit_61m_32 and
 then tinyclip/vit_40m_32, so it has no row. Models as small as TinyCLIP's are copied to every chip: split over eight (`--mesh.fsdp 8`) the
 61M needs a little over a third of the memory, and its links take five times the step.
 
-LiT's class-conditional recipes are best on a mesh of pairs, with blocks computed again in the backward pass (`--mesh.fsdp 2 --student.remat
+LiT's class-conditional recipes of size L and XL are best on a mesh of pairs, with blocks computed again in the backward pass (`--mesh.fsdp 2 --student.remat
 full`): split over eight, links bind at 29 to 36 % of the peak, and whole on every chip, memory at 76 to 80 %. What is computed again is no part of
 our count of FLOPs, so *of peak* is a bound for useful work, and a step with remat takes up to a third longer than the estimate where
 matmuls bind. The two text-to-image rows are bound by links at half of the peak; fewer parts were not tried, a compilation takes half an
@@ -125,4 +126,9 @@ def write(results: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="*", help=f"compile this one again: {', '.join(RECIPES)}")
+    wanted = parser.parse_args().recipe
+    if unknown := [name for name in wanted if name not in RECIPES]:
+        parser.error(f"no row of {unknown[0]}; there are {', '.join(RECIPES)}")
+    main(wanted)
