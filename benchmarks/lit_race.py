@@ -293,6 +293,9 @@ def plot(result: dict[str, Any], file: Path) -> None:
     axes.axhline(result["donor"][-1]["mse"], color="#888888", linestyle="--", linewidth=1)
     axes.set(xscale="log", xlabel="steps of a whole training", ylabel="squared error of the noise, test pictures")
     axes.set_ylim(top=top)
+    lengths = sorted({row["steps"] for row in (*result["donor"], *result["rows"])})
+    axes.set_xticks(lengths, [f"{steps:,}" for steps in lengths])
+    axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     lines = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one for all seeds
     axes.legend(lines.values(), lines.keys(), frameon=False)
