@@ -67,10 +67,11 @@ def _read_fair(found: Found) -> Read | None:
         return None
     if any(fnmatchcase(key, other.keys) for key in tensors for other in LOOKALIKES):
         return None
-    known, guesses = trained_as(found) | _sidecar(found), list[Guess]()
     sizes = sizes_of(tensors)
     width, rows = sizes["width"], len(tensors["y_embedder.embedding_table.weight"])
-    sizes["size"] = _size(tensors, sizes["patch"], width) or known.get("size", 0)
+    size = _size(tensors, sizes["patch"], width)
+    known, guesses = trained_as(found, sizes, _sidecar(found) | ({"size": size} if size else {}))
+    sizes["size"] = known.get("size", 0)
     if not sizes["size"] and known.get("pixels", 0) >= 8 and sizes["channels"] != 3:
         sizes["size"] = known["pixels"] // 8
         why = f"it was trained on pictures of {known['pixels']} pixels, and autoencoders of DiTs shrink eight times"
