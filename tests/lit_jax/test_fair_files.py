@@ -1,6 +1,5 @@
 """facebookresearch's files: what shapes and arguments tell, what is guessed and said, and what is refused by name."""
 
-import json
 from dataclasses import replace
 
 import ml_dtypes
@@ -156,7 +155,9 @@ def test_rectangles_are_refused_by_name(rows, cols, words, tmp_path):
         opened(tensors_of() | {POSITIONS: sincos(rows, cols, 32).reshape(1, -1, 32)}, tmp_path, heads=4)
 
 
-def test_a_learned_position_table_is_refused(tmp_path):
+def test_another_position_table_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"of 15 places, is not DiT's fixed table"):
+        opened(tensors_of() | {POSITIONS: np.zeros((1, 16, 31), np.float32)}, tmp_path, heads=4)
     with pytest.raises(InputError, match=r"of 16 places, is not DiT's fixed table"):
         opened(tensors_of() | {POSITIONS: np.zeros((1, 16, 32), np.float32)}, tmp_path, heads=4)
 

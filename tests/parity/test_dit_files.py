@@ -2,17 +2,21 @@
 
 from argparse import Namespace
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import pytest
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.verify import OWN
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
+from lit_jax.components import check_chain
 from lit_jax.dit import Dit, DitConfig
+from lit_jax.formats import SAMPLERS
 from lit_jax.zoo import FAMILY, dit, lit
 
 torch = pytest.importorskip("torch")
@@ -107,3 +111,25 @@ def test_diffusers_itself_is_the_reference_of_its_files(tmp_path):
         assert check.passed and check.reference == "diffusers" and 0 < check.max_error < 5e-5
         assert "exponents over 127" in check.note and "its prediction differs by" in check.sentence()
     assert [guess.split(" is a guess")[0] for guess in back.guessed] == ["prediction = noise"]
+
+
+def test_a_field_that_a_scheduler_leaves_out_has_the_default_of_its_class():
+    diffusers = pytest.importorskip("diffusers")
+
+    def accepted(config):
+        try:
+            check_chain(Fields(config, "scheduler_config.json"))
+        except InputError:
+            return False
+        return True
+
+    names = [name for name in dir(diffusers) if name.endswith("Scheduler") and name.startswith(SAMPLERS)]
+    seen = {}
+    for name in names:
+        passed = signature(getattr(diffusers, name).__init__).parameters
+        defaults = {field: parameter.default for field, parameter in passed.items()}
+        if "beta_schedule" in defaults:  # others have another chain, or need a package that is not installed
+            seen[name] = accepted({"_class_name": name})
+            assert seen[name] == accepted(defaults | {"_class_name": name}), name
+    assert {name for name, fine in seen.items() if not fine} >= {"CogVideoXDDIMScheduler", "HeunDiscreteScheduler"}
+    assert seen["DDIMScheduler"] and not accepted({"_class_name": "DDPMWuerstchenScheduler"})
