@@ -41,7 +41,7 @@ _CHAIN: dict[str, tuple[Any, ...]] = dict(
 )
 _BETAS = ("beta_start", "beta_end")
 # Schedulers with other defaults, and of which fields. Wuerstchen's chain is a cosine and has no such fields.
-_OTHER_DEFAULTS = {
+_OTHER_DEFAULTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("HeunDiscreteScheduler", "DPMSolverSDEScheduler"), _BETAS),
     **dict.fromkeys(("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), _BETAS),
     "CogVideoXDDIMScheduler": ("beta_schedule", *_BETAS, "snr_shift_scale"),

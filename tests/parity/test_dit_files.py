@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint import weights
-from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.convert import _as_read, convert, open_donor
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.verify import OWN
 from heirloom.common.checkpoint.weights import read_json, write_json
@@ -86,6 +86,16 @@ def test_of_a_training_checkpoint_the_average_is_taken(state, tmp_path):
     np.testing.assert_array_equal(
         donor.source.values["final/bias"], state["final_layer.linear.bias"].numpy().reshape(2, 2, 6)
     )
+
+
+def test_a_refusal_that_was_overruled_is_so_for_the_reference_too(state, tmp_path):
+    wrapped = {f"module.{key}": value for key, value in state.items()}
+    torch.save({"model": wrapped, "args": Namespace(aux=Namespace(objective="hinge"))}, tmp_path / "last.pt")
+    with pytest.raises(InputError, match=r"last.pt: trained with aux.objective hinge; .*: --set prediction=noise"):
+        open_donor(tmp_path / "last.pt", [FAMILY], heads=2)
+    donor = open_donor(tmp_path / "last.pt", [FAMILY], heads=2, prediction="noise")
+    with _as_read(donor) as file:
+        assert weights.open_safetensors(file).keys() == state.keys()
 
 
 def test_a_bare_file_of_unknown_width_asks_for_its_heads(state, tmp_path):
