@@ -11,6 +11,7 @@ and one scan runs them all.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from math import log, pi, sqrt
 from typing import Literal, NamedTuple
 
@@ -89,7 +90,7 @@ def respace(schedule: Schedule, steps: int, spacing: Spacing = "even") -> Schedu
         raise ValueError(f"{steps} steps of {total}: choose between 1 and {total}")
     if spacing == "even":
         stride = (total - 1) / (steps - 1) if steps > 1 else 1.0
-        kept = [round(i * stride) for i in range(steps)]
+        kept = [round(at) for at in accumulate([0.0] + [stride] * (steps - 1))]  # added up, which decides ties as iDDPM
     else:
         found = {len(range(0, total, s)): s for s in range(total - 1, 0, -1)}
         if steps not in found:

@@ -11,7 +11,7 @@ import numpy as np
 from heirloom.common.checkpoint.convert import OURS, first_format
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.fields import Fields
-from heirloom.common.checkpoint.hub import locate
+from heirloom.common.checkpoint.hub import absolute, local_path, locate
 from heirloom.common.checkpoint.pipeline import INDEX, MAIN, class_of, is_pipeline, plain_weights
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.labelled import LABELS, read_labels, write_labels
@@ -26,6 +26,28 @@ PIPELINE = "PixArtSigmaPipeline"
 SIDECAR = "pipeline.json"
 SDXL_SCALE = 0.13025  # of the latents that PixArt-Σ was trained on
 SD_SCALE = 0.18215  # of the latents that DiT was trained on
+_OFF = (False, None)  # diffusers asks only whether such a field is true
+# The fields of diffusers' schedulers that tell the chain and the prediction, with the values of DiT.
+_CHAIN: dict[str, tuple[Any, ...]] = dict(
+    num_train_timesteps=(1000,),
+    beta_schedule=("linear",),
+    beta_start=(1e-4,),
+    beta_end=(0.02,),
+    trained_betas=(None,),
+    prediction_type=("epsilon",),
+    use_flow_sigmas=_OFF,
+    rescale_betas_zero_snr=_OFF,
+    snr_shift_scale=(1.0,),
+)
+_BETAS = ("beta_start", "beta_end")
+# Schedulers with other defaults, and of which fields. Wuerstchen's chain is a cosine and has no such fields.
+_OTHER_DEFAULTS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("HeunDiscreteScheduler", "DPMSolverSDEScheduler"), _BETAS),
+    **dict.fromkeys(("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), _BETAS),
+    "CogVideoXDDIMScheduler": ("beta_schedule", *_BETAS, "snr_shift_scale"),
+    "DDPMWuerstchenScheduler": ("beta_schedule",),
+}
+_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 _OTHERS = {
     "PixArtAlphaPipeline": "a PixArt-α, which has other text lengths and further embedders",
     "SanaPipeline": "a Sana, which is another architecture",
@@ -52,8 +74,7 @@ def find_components(donor: Donor, *, pipeline: str = "", text: str = "", autoenc
     """
     root, named = locate(pipeline) if pipeline else pipeline_of(donor), bool(text and autoencoder and not pipeline)
     if root is None:
-        noted = _sidecar(donor)
-        text, autoencoder = text or noted.get("text_encoder", ""), autoencoder or noted.get("autoencoder", "")
+        text, autoencoder = text or _noted(donor, "text_encoder"), autoencoder or _noted(donor, "autoencoder")
     if root is not None and not named:
         if not pipeline and not root.is_dir():
             gone = f"{donor.folder / SIDECAR}: its pipeline {root} does not exist any more"
@@ -67,6 +88,15 @@ def find_components(donor: Donor, *, pipeline: str = "", text: str = "", autoenc
     encoder = locate_any(text) if text else _part(root, "text_encoder")
     decoder = locate_any(autoencoder) if autoencoder else _part(root, "vae")
     return Components(text=encoder, tokenizer=_tokenizer(encoder, root), autoencoder=decoder)
+
+
+def _noted(donor: Donor, name: str) -> str:
+    """Returns the SOURCE of a part that a transformer's sidecar names. Raises InputError for a path that is gone."""
+    source = _sidecar(donor).get(name, "")
+    if (path := local_path(source)) is not None and not path.exists():
+        what = f"its {name.replace('_', ' ')} {source} does not exist any more"
+        raise InputError(f"{donor.folder / SIDECAR}: {what}; give --{name.replace('_', '-')}")
+    return source
 
 
 def _part(root: Path | None, name: str) -> Path:
@@ -90,12 +120,19 @@ def check_pipeline(root: Path) -> None:
         check_scheduler(Fields.load(root / "scheduler" / "scheduler_config.json"))
 
 
+def check_chain(fields: Fields) -> None:
+    """Refuses a scheduler of diffusers for models that predict something else than noise on DiT's chain."""
+    kind = fields.text("_class_name", "")
+    for name, values in _CHAIN.items():
+        if name in _OTHER_DEFAULTS.get(kind, ()) and name not in fields:
+            other = f"the default of {kind} is not {values[0]}, which is the only one that can be read"
+            raise InputError(f"{fields.where}: {name} is missing, and {other}")
+        fields.fixed(name, *values)
+
+
 def check_scheduler(fields: Fields) -> None:
     """Refuses a scheduler whose pictures differ from those of DPM-Solver++(2M) on DiT's chain, naming the setting."""
-    trained = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, trained_betas=None)
-    trained |= dict(prediction_type="epsilon", use_flow_sigmas=False, rescale_betas_zero_snr=False)
-    for name, value in trained.items():
-        fields.fixed(name, value)
+    check_chain(fields)
     try:
         _check_sampler(fields)
     except InputError as error:
@@ -104,13 +141,13 @@ def check_scheduler(fields: Fields) -> None:
 
 
 def _check_sampler(fields: Fields) -> None:
-    fields.fixed("_class_name", "DPMSolverMultistepScheduler")
-    usual = dict(algorithm_type="dpmsolver++", solver_type="midpoint", thresholding=False, solver_order=2)
+    usual = dict(_class_name="DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_type="midpoint")
     usual |= dict(timestep_spacing="linspace", final_sigmas_type="zero")
-    usual |= dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
-    usual |= dict(use_lu_lambdas=False, use_dynamic_shifting=False)
     for name, value in usual.items():
         fields.fixed(name, value)
+    fields.fixed("solver_order", 2)
+    for name in ("thresholding", "use_lu_lambdas", "use_dynamic_shifting", *_SIGMAS):
+        fields.fixed(name, *_OFF)
     least = fields.value("lambda_min_clipped", float("-inf"))
     if not isinstance(least, int | float) or least > -5.1:  # the chain's own least value is -5.06
         raise fields.refusal("lambda_min_clipped", "only values up to -5.1, which clip nothing, can be sampled")
@@ -137,7 +174,7 @@ def copy_parts(donor: Donor, folder: Path) -> None:
 
 def write_parts_of(folder: Path, text_encoder: str, autoencoder: str) -> None:
     """Writes the SOURCEs of the text encoder and the autoencoder that a transformer was trained with."""
-    write_json(folder / SIDECAR, {"text_encoder": text_encoder, "autoencoder": autoencoder})
+    write_json(folder / SIDECAR, {"text_encoder": absolute(text_encoder), "autoencoder": absolute(autoencoder)})
 
 
 def pipeline_of(donor: Donor) -> Path | None:
@@ -189,7 +226,7 @@ def other_scale(donor: Donor, scale: float, name: str) -> str:
         return ""
     root, usual = pipeline_of(donor), SDXL_SCALE if isinstance(donor.cfg, PixArtConfig) else SD_SCALE
     file = None if root is None else root / "vae" / "config.json"
-    own = read_json(file).get("scaling_factor", SD_SCALE) if file is not None and file.is_file() else None
+    own = Fields.load(file).number("scaling_factor", SD_SCALE, above=0.0) if file and file.is_file() else None
     own = _trained_scale(donor) or own
     if np.isclose(scale, known := own or usual, rtol=1e-3):
         return ""
@@ -201,14 +238,21 @@ def other_scale(donor: Donor, scale: float, name: str) -> str:
 
 def _trained_scale(donor: Donor) -> float | None:
     """Returns the scale of the latents by the arguments of a foreign model's training, kept when it was converted."""
-    scale = donor.known.get("scale") or _sidecar(donor).get("scaling_factor")
-    return float(scale) if scale else None
+    return donor.known.get("scale") or _sidecar(donor).get("scaling_factor")
 
 
-def _sidecar(donor: Donor) -> dict[str, str]:
-    """Returns what the sidecar of a transformer names: its pipeline, or its text encoder and its autoencoder."""
+def _sidecar(donor: Donor) -> dict[str, Any]:
+    """Returns what the sidecar of a transformer names: its pipeline, or its text encoder and its autoencoder, and the
+    scale of its latents. Raises InputError for a damaged one.
+    """
     file = donor.folder / SIDECAR
-    return {name: str(source) for name, source in read_json(file).items()} if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    fields = Fields.load(file)
+    found: dict[str, Any] = {name: fields.text(name, None) for name in ("pipeline", "text_encoder", "autoencoder")}
+    found["scaling_factor"] = fields.number("scaling_factor", None, above=0.0)
+    fields.done("what it is drawn with")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _tokenizer(encoder: Path, root: Path | None) -> Path:

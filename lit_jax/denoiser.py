@@ -20,7 +20,7 @@ from heirloom.common.train.mesh import batch_sharding, filled_rows
 from heirloom.common.train.parts import Model
 from lit_jax.losses import split
 from lit_jax.pixart import PixArtConfig, Text
-from lit_jax.sample import Guided, Name, SampleConfig, check_choices, guide
+from lit_jax.sample import Guided, Name, SampleConfig, check_choices, guide, is_number
 
 Null = Literal["prompt mask", "own mask"]
 Letters = Literal["as given", "lower"]
@@ -52,9 +52,12 @@ class PromptConfig(SampleConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, times=Times, null=Null, letters=Letters)
-        first, last = self.guided_steps
-        if not 0 <= first <= last <= 1:
-            raise InputError(f"guided_steps are {first:g} to {last:g}: give two shares of the steps, such as 0.1 0.8")
+        given: Any = self.guided_steps  # from Python, of any type
+        shares = given.tolist() if isinstance(given, np.ndarray) else given
+        two = isinstance(shares, list | tuple) and len(shares) == 2 and all(map(is_number, shares))
+        if not two or not 0 <= shares[0] <= shares[1] <= 1:
+            raise InputError(f"guided_steps are {given!r}: give two shares of the steps, such as 0.1 0.8")
+        object.__setattr__(self, "guided_steps", (float(shares[0]), float(shares[1])))
         if self.times == "integer" and self.sampler != "dpm":
             raise InputError(f"times integer are a setting of the sampler dpm, and this is {self.sampler}")
 

@@ -17,7 +17,7 @@ from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import agrees
 from lit_jax import layouts
 from lit_jax.attention import Features
-from lit_jax.components import class_names, copy_parts, write_names
+from lit_jax.components import check_chain, class_names, copy_parts, write_names
 from lit_jax.dit import SOFTMAX_HEADS, DitConfig
 from lit_jax.origin import copy_origin
 from lit_jax.trainer_arguments import trained_as
@@ -67,10 +67,11 @@ def _read_fair(found: Found) -> Read | None:
         return None
     if any(fnmatchcase(key, other.keys) for key in tensors for other in LOOKALIKES):
         return None
-    known, guesses = trained_as(found) | _sidecar(found), list[Guess]()
     sizes = sizes_of(tensors)
     width, rows = sizes["width"], len(tensors["y_embedder.embedding_table.weight"])
-    sizes["size"] = _size(tensors, sizes["patch"], width) or known.get("size", 0)
+    size = _size(tensors, sizes["patch"], width)
+    known, guesses = trained_as(found, sizes, _sidecar(found) | ({"size": size} if size else {}))
+    sizes["size"] = known.get("size", 0)
     if not sizes["size"] and known.get("pixels", 0) >= 8 and sizes["channels"] != 3:
         sizes["size"] = known["pixels"] // 8
         why = f"it was trained on pictures of {known['pixels']} pixels, and autoencoders of DiTs shrink eight times"
@@ -148,7 +149,8 @@ def _size(tensors: Tensors, patch: int, width: int) -> int:
     count = table.size // width
 
     def grid(rows: int, cols: int) -> bool:
-        return rows * cols == count and agrees(table.reshape(-1, width), sincos(rows, cols, width).reshape(-1, width))
+        whole = rows * cols * width == table.size
+        return whole and agrees(table.reshape(-1, width), sincos(rows, cols, width).reshape(-1, width))
 
     if grid(isqrt(count), isqrt(count)):
         return isqrt(count) * patch
@@ -257,8 +259,8 @@ def _read_diffusers(found: Found) -> Read | None:
 
 
 # diffusers' schedulers that sample a chain of noise in other ways.
-_SAMPLERS: tuple[str, ...] = ("DDPM", "DDIM", "PNDM", "LMSDiscrete", "DPMSolver", "Euler", "Heun", "UniPC", "DEIS")
-_SAMPLERS += ("KDPM2", "SA", "CogVideoXDDIM")
+SAMPLERS: tuple[str, ...] = ("DDPM", "DDIM", "PNDM", "LMSDiscrete", "DPMSolver", "Euler", "Heun", "UniPC", "DEIS")
+SAMPLERS += ("KDPM2", "SA", "CogVideoXDDIM")
 
 
 def predicts_noise(found: Found) -> tuple[Guess, ...]:
@@ -267,18 +269,11 @@ def predicts_noise(found: Found) -> tuple[Guess, ...]:
     """
     for fields in filter(None, map(found.json, ("scheduler_config.json", "../scheduler/scheduler_config.json"))):
         kind = fields.text("_class_name", "")
-        if kind and not kind.removesuffix("Scheduler").startswith(_SAMPLERS):
+        if kind and not kind.removesuffix("Scheduler").startswith(SAMPLERS):
             raise InputError(
                 f"{fields.where}: {kind} samples models of another kind; only models that predict noise are read"
             )
-        fields.fixed("use_flow_sigmas", False)
-        fields.fixed("prediction_type", "epsilon")
-        fields.fixed("num_train_timesteps", 1000)
-        fields.fixed("beta_schedule", "linear")
-        fields.fixed("beta_start", 1e-4)
-        fields.fixed("beta_end", 0.02)
-        fields.fixed("trained_betas", None)
-        fields.fixed("rescale_betas_zero_snr", False)
+        check_chain(fields)
         return ()
     return (
         Guess("prediction", "noise", "no scheduler_config.json next to the transformer says it; published models do"),

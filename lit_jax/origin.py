@@ -47,17 +47,16 @@ def autoencoder_origin(donor: Donor, source: str) -> Origin:
 
 def read_origin(folder: AnyPath) -> Origin | None:
     """Read the autoencoder of a latent cache or a model's folder; None without the file. Older caches hold the config
-    alone.
+    alone. Raises InputError for a damaged file.
     """
     file = folder / FILE
     if not file.is_file():
         return None
     saved = read_json(file)
-    if "model" not in saved:
-        return Origin(from_json(AutoencoderConfig, saved))
-    return Origin(
-        from_json(AutoencoderConfig, saved["model"]), str(saved.get("source", "")), str(saved.get("encoder", ""))
-    )
+    if not (model := saved.get("model", saved)):
+        raise InputError(f"{file} says nothing of an autoencoder: copy it again from where it came from")
+    cfg = from_json(AutoencoderConfig, model, str(file))
+    return Origin(cfg, str(saved.get("source", "")), str(saved.get("encoder", "")))
 
 
 def write_origin(folder: Path, origin: Origin | None) -> None:

@@ -21,7 +21,7 @@ from lit_jax import pixart_layouts
 from lit_jax.attention import Features
 from lit_jax.formats import LOOKALIKES, linear_attention_of, predicts_noise, sizes_of
 from lit_jax.pixart import PixArtConfig, published_interpolation
-from lit_jax.trainer_arguments import arguments_of
+from lit_jax.trainer_arguments import trained_as
 
 SIDECAR = "pixart.json"
 SIGMA_TOKENS, ALPHA_TOKENS = 300, 120  # of a prompt
@@ -58,18 +58,17 @@ def _read_released(found: Found) -> Read | None:
     tensors = found.tensors
     if not _is_pixart(tensors, "t_block.1.weight"):
         return None
-    arguments_of(found)  # refuses another prediction or chain
-    sizes, known, guesses = sizes_of(tensors), _sidecar(found), list[Guess]()
+    sizes = sizes_of(tensors)
     width, caption, null = sizes["width"], tensors.get(CAPTION), tensors.get(NULL_TEXT)
     if caption is None or caption.ndim != 2:
         raise InputError(f"looks like a PixArt, but its tensor {CAPTION!r} is missing or no matrix")
     sizes |= dict(text_width=caption.shape[1], null_text=null is not None)
+    positions, sure = _positions(tensors, sizes["patch"], width), _sidecar(found)
+    known, guesses = trained_as(found, sizes, sure | ({"size": positions.size} if positions else {}))
     rows = known.get("text_tokens") if null is None else null.shape[0] if null.ndim else 0
     sizes["text_tokens"], guess = _text_tokens(rows)
     guesses += guess
-    positions = _positions(tensors, sizes["patch"], width)
-    size = positions.size if positions else known.get("size", 0)
-    if not size:
+    if not (size := known.get("size", 0)):
         why = "without a position table the side of its latents is not known (PixArt-Sigma: 32, 64, 128 or 256)"
         guesses.append(Guess("size", None, why))
     interpolation = (positions.interpolation if positions else None) or known.get("interpolation")
@@ -82,7 +81,7 @@ def _read_released(found: Found) -> Read | None:
     if known.get("prediction") != "noise":
         guesses.append(Guess("prediction", "noise", "the file does not say what it predicts; published models do this"))
     cfg = PixArtConfig(size=size or 64, interpolation=interpolation, **sizes, **attention)
-    return Read(cfg, tuple(guesses))
+    return Read(cfg, tuple(guesses), {name: known[name] for name in ("scale",) if name in known})
 
 
 def _text_tokens(tokens: int | None, why: str = "the file does not contain it") -> tuple[int, list[Guess]]:

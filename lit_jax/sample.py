@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from heirloom.common.diffusion import Prediction, Sampler, Schedule, ddim, ddpm, dpm_solver, linear_schedule, respace
-from heirloom.common.errors import InputError, nearest, remark
+from heirloom.common.errors import FLOAT32_MAX, InputError, nearest, remark
 from heirloom.common.train.mesh import batch_sharding, filled_rows, replicated
 from heirloom.common.train.parts import Model
 from lit_jax.dit import DitConfig, Modulation
@@ -24,9 +24,15 @@ Guided = Literal["all", "first three"]
 PRECOMPUTE_LIMIT = 2**30  # bytes: above this, modulations are computed step by step, not before the loop
 
 
-def check_whole(name: str, value: object) -> None:
+def is_number(value: Any, kind: type = Real) -> bool:
+    """Returns whether a value from Python is a number of this kind that float32 can hold, numpy's too, and no bool."""
+    right = isinstance(value, kind) and not isinstance(value, bool)
+    return right and bool(abs(value) <= FLOAT32_MAX)
+
+
+def check_whole(name: str, value: Any) -> None:
     """Raises InputError for what is no whole number from 1 on."""
-    if not isinstance(value, int | np.integer) or value < 1:
+    if not is_number(value, Integral) or value < 1:
         raise InputError(f"{name} is {value!r}: choose a whole number, 1 or more")
 
 
@@ -60,16 +66,17 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, sampler=Name, guided=Guided)
-        guidance: Any = self.guidance  # from Python, of any type
-        if not (isinstance(guidance, int | float) and isfinite(guidance)):
-            raise InputError(f"guidance is {guidance!r}: give a number, such as 1.5 (1 is none)")
-        check_guidance(guidance)
+        if not is_number(self.guidance):
+            raise InputError(f"guidance is {self.guidance!r}: give a number, such as 1.5 (1 is none)")
+        object.__setattr__(self, "guidance", float(self.guidance))
+        if is_number(self.steps, Integral):
+            object.__setattr__(self, "steps", int(self.steps))
+        check_guidance(self.guidance)
 
     def make(self) -> Sampler:
         """Make the sampler. Raises InputError for a number of steps that the chain of 1000 cannot be respaced to."""
         chain = linear_schedule()
-        steps: Any = self.steps  # from Python, of any type
-        if not isinstance(steps, int | np.integer) or not 1 <= steps <= len(chain):
+        if not is_number(self.steps, Integral) or not 1 <= self.steps <= len(chain):
             raise InputError(f"--steps {self.steps} with {self.sampler}: choose between 1 and {len(chain)}")
         if self.steps == 1 and self.sampler == "ddpm":
             raise InputError(

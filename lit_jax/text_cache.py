@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from rich.progress import track
 
 from heirloom.common.checkpoint.family import Donor
+from heirloom.common.checkpoint.hub import absolute
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.pictures import decode_record
@@ -88,8 +89,8 @@ def write_text_cache(
         _write_captions(staging, captions, text)
         used = [[*size, len(rows)] for size, rows in zip(sizes, members, strict=True) if rows]
         about = {"version": VERSION, "data": asdict(data), "records": len(source), "columns": names, "sizes": used}
-        about |= {"text_encoder": text_source, "tokens": text.tokens, "width": text.width}
-        about |= {"autoencoder": autoencoder_source}
+        about |= {"text_encoder": absolute(text_source), "tokens": text.tokens, "width": text.width}
+        about |= {"autoencoder": absolute(autoencoder_source)}
         write_json(staging / ABOUT, about)
     return about
 

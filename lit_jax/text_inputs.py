@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor
+from heirloom.common.checkpoint.hub import absolute
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError, remark
 from heirloom.common.methods import locate_any
@@ -92,8 +93,9 @@ def open_caches(cfg: "Config", directory: Path | None) -> Caches:
 def check_made_of(cfg: "Config", data: SourceConfig, cache: TextCache) -> None:
     """Raise InputError if the cache in a run folder was made of other data, or with other models, than the recipe's."""
     wanted = json.loads(json.dumps(asdict(data)))
-    now = wanted | {"autoencoder": cfg.autoencoder, "text_encoder": cfg.text_encoder}
-    then = cache.about["data"] | {name: cache.about[name] for name in ("autoencoder", "text_encoder")}
+    models = ("autoencoder", "text_encoder")
+    now = wanted | {name: absolute(getattr(cfg, name)) for name in models}
+    then = cache.about["data"] | {name: absolute(cache.about[name]) for name in models}
     for name, value in now.items():
         if then.get(name) != value:
             made = f"{cache.folder} was made with {name} {then.get(name)!r}, the recipe has {value!r}"

@@ -27,10 +27,14 @@ def read_empty_text(folder: AnyPath) -> np.ndarray | None:
     file = folder / FILE
     if not file.is_file():
         return None
+    damaged = f"{file} is damaged: remove it, or copy it again from the model's folder"
     try:
-        return np.array(read_json(file)["features"], np.float32)
+        features = np.array(read_json(file)["features"], np.float32)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file} is damaged: remove it, or copy it again from the model's folder") from error
+        raise InputError(damaged) from error
+    if features.ndim != 2:
+        raise InputError(damaged)
+    return features
 
 
 def copy_empty_text(source: Path, destination: Path) -> None:

@@ -56,7 +56,7 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
     while inner:
         for family in families:
             for format in family.formats:
-                found = {file: known for file, raw in inner.items() if (known := _recognise(format, raw, file))}
+                found = {f: known for f, raw in inner.items() if (known := _recognise(format, raw, f, overrides))}
                 if len(found) > 1:
                     names = " and ".join(file.name for file in found)
                     raise InputError(f"{path} holds {names}, both {family.name} models; name the file you mean")
@@ -96,11 +96,13 @@ def _open_clean(file: Path) -> Weights:
     return clean
 
 
-def _recognise(format: Format, raw: Weights, file: Path) -> tuple[Read, Weights] | None:
+def _recognise(
+    format: Format, raw: Weights, file: Path, settings: Mapping[str, Any] | None = None
+) -> tuple[Read, Weights] | None:
     """Returns the config, and the tensors under the layout's keys; None when the file has another format."""
     tensors = {format.clean(key): value for key, value in raw.tensors.items()}
     try:
-        read = format.read_config(Found(tensors, file.parent, raw.about))
+        read = format.read_config(Found(tensors, file.parent, raw.about, settings or {}))
     except InputError as error:
         raise InputError(str(error) if str(file.parent) in str(error) else f"{file}: {error}") from error
     if read is None:
@@ -251,7 +253,8 @@ def _as_read(donor: Donor) -> Iterator[Path]:
     if donor.format in OURS:
         yield donor.file
         return
-    raw, format = _open_clean(donor.file), donor.family.format(donor.format)
+    # Without what was saved next to the tensors, which was understood when it was opened.
+    raw, format = replace(_open_clean(donor.file), about={}), donor.family.format(donor.format)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Remark)  # were said when it was opened
         while _recognise(format, raw, donor.file) is None and (inner := without_common(raw)):

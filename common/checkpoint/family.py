@@ -23,12 +23,13 @@ class Found:
     """A foreign checkpoint whose config is to be read.
 
     tensors: under clean names. folder: folder of its JSON files. about: other content of a torch file, next to the
-    tensors.
+    tensors. settings: what the user sets (`--set`), which decides where the checkpoint is doubtful.
     """
 
     tensors: Tensors
     folder: Path
     about: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def json(self, name: str) -> Fields | None:
         """Reads a JSON file next to the weights; None where it does not exist."""

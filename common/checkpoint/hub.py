@@ -59,6 +59,18 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
         ) from error
 
 
+def local_path(source: str) -> Path | None:
+    """Returns the absolute path of a SOURCE that is a local file or folder; None for others."""
+    if not source or source.startswith(("embedded:", "hf:")) or isinstance(path := place(source), Address):
+        return None
+    return Path(os.path.abspath(path))
+
+
+def absolute(source: str) -> str:
+    """Returns a SOURCE that means the same from any working folder."""
+    return str(local_path(source) or source)
+
+
 def _wanted(files: list[str], place: str) -> list[str]:
     """Returns patterns of the files to fetch. place: a folder of the repository, empty for all, or a file, with which
     the sidecar files next to it are fetched.

@@ -26,21 +26,9 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params", "net
 TRAINING = re.compile(
     r"optim|sched|scaler|^opt$|^opt_|loss|criterion|rng|random"
 )  # of a training state, not the model
-_INNER = (
-    "module",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-)  # parts of names that torch's wrappers add
-_OUTER = (
-    "model",
-    "net",
-    "network",
-    "ema",
-    "model_ema",
-    "ema_model",
-    "averaged_model",
-)  # attributes of trainers that hold a model
+# Parts of names that torch's wrappers add, and attributes of trainers that hold a model.
+_INNER = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_OUTER = ("model", "net", "network", "ema", "model_ema", "ema_model", "averaged_model")
 _COUNTERS = ("n_averaged", "initted", "step")  # of torch's AveragedModel, and of ema_pytorch
 # Classes of configs that trainers save with the weights. They are opened as dictionaries; their code is never imported.
 _CONFIGS = (
@@ -207,8 +195,10 @@ def clean_names(found: Weights) -> Weights:
     tensors = _with_dots(tensors)
     while (outer := _outer(tensors)) is not None:
         inside, rest, twins = _taken_apart(tensors, outer)
-        averages = {name for key in twins if AVERAGE.search(name := key.partition(".")[0])}
-        if averages and not AVERAGE.search(outer):
+        averages = {name for key in (outer, *twins) if AVERAGE.search(name := key.partition(".")[0])}
+        if len(averages) > 1:
+            raise InputError(f"holds several averages ({', '.join(sorted(averages))}); save the one you mean alone")
+        if averages and outer not in averages:
             outer = min(averages)
             inside, rest, twins = _taken_apart(tensors, outer)
         if twins:
@@ -319,32 +309,42 @@ def _harmless(path: Path, torch: Any) -> Sequence[Any]:
 
 
 def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> list[str]:
-    """Returns the keys of dictionaries with tensors of models, first the one to take: an average, a usual name, or the
-    only one. Empty when the tensors are in `state` itself.
+    """Returns the keys of dictionaries with tensors of models, first the one to take: an average or what an average is
+    somewhere inside, a usual name, or the only one. Empty when the tensors are in `state` itself.
     """
 
-    def holds_tensors(value: Any) -> bool:
-        return isinstance(value, dict) and any(isinstance(v, torch.Tensor) or holds_tensors(v) for v in value.values())
+    def holds_tensors(value: Any, least: int = 0) -> bool:
+        if isinstance(value, dict):
+            return any(holds_tensors(v, least) for v in value.values())
+        return isinstance(value, torch.Tensor) and value.ndim >= least
 
     def is_list_of_tensors(value: Any) -> bool:
-        if not isinstance(value, list | tuple):
-            return False
-        return any(holds_tensors(v) or (isinstance(v, torch.Tensor) and v.ndim) for v in value)
+        return isinstance(value, list | tuple) and any(holds_tensors(v, 0 if isinstance(v, dict) else 1) for v in value)
 
-    for key, value in state.items():
-        inside = value.values() if isinstance(value, dict) and not holds_tensors(value) else [value]
-        if AVERAGE.search(str(key)) and not TRAINING.search(str(key)) and any(map(is_list_of_tensors, inside)):
-            instead = "save the state_dict() of the model with the average that you mean (copy_to), or without it"
-            raise InputError(f"{path}: {key!r} is a list of averages or of tensors without names: {instead}")
-    inner = [
-        key
-        for key, value in state.items()
-        if isinstance(key, str) and holds_tensors(value) and not TRAINING.search(key)
-    ]
-    averages = [key for key in inner if AVERAGE.search(key)]
+    def of_models(state: Mapping[Any, Any]) -> dict[str, Any]:
+        return {key: value for key, value in state.items() if isinstance(key, str) and not TRAINING.search(key)}
+
+    def averages(key: str, value: Any, outside: str = "") -> list[str]:
+        """The names, from here, of averages in a value; one without a matrix is of something else, such as losses."""
+        name = f"{outside}{key}"
+        if AVERAGE.search(key):
+            inside = value.values() if isinstance(value, dict) and not holds_tensors(value) else [value]
+            if any(map(is_list_of_tensors, inside)):
+                instead = "save the state_dict() of the model with the average that you mean (copy_to), or without it"
+                raise InputError(f"{path}: {name!r} is a list of averages or of tensors without names: {instead}")
+            if isinstance(value, dict) and holds_tensors(value, 2):
+                return [name]
+        below = of_models(value) if isinstance(value, dict) else {}
+        return [one for key, inner in below.items() for one in averages(key, inner, f"{name}.")]
+
+    inner = [key for key, value in of_models(state).items() if isinstance(value, dict) and holds_tensors(value)]
+    means = {key: found for key, value in of_models(state).items() if (found := averages(key, value))}
+    if len(means) > 1:
+        names = ", ".join(name for found in means.values() for name in found)
+        raise InputError(f"{path}: holds several averages ({names}); save the one you mean with torch.save")
     usual = [key for key in _WRAPPERS if key in inner]
-    if averages or usual:
-        return list(dict.fromkeys((*averages, *usual, *inner)))
+    if means or usual:
+        return list(dict.fromkeys((*means, *usual, *inner)))
     if any(isinstance(value, torch.Tensor) for value in state.values()):
         return []
     if len(inner) > 1:

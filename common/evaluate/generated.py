@@ -132,7 +132,7 @@ def check_reference(reference: Reference, extractor: Extractor) -> None:
     if protocol != ADM.protocol and not reference.images:
         only = f"only statistics of {ADM.protocol!r}, and the network is {protocol!r}"
         raise InputError(f"{reference.where}: has {only}; it needs pictures `arr_0`")
-    if 0 < reference.images < LEAST:
+    if reference.size and reference.images < LEAST:
         raise InputError(f"{reference.where}: {reference.images} pictures are too few for a score: {LEAST} at least")
     if protocol == ADM.protocol and reference.pool and not reference.spatial:
         absent = "but not sFID's spatial statistics `mu_s` and `sigma_s`"

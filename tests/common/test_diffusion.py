@@ -35,6 +35,18 @@ def test_respacing_rounds_as_the_released_code_does():
         diffusion.respace(FULL, 1001)
 
 
+@pytest.mark.parametrize("total", [1000, 97])
+def test_every_respacing_is_that_of_iddpm(total):
+    """Ties are decided by the rounding errors of its sum (improved-diffusion, respace.py, space_timesteps)."""
+    chain = diffusion.linear_schedule(total)
+    for count in range(1, total + 1):
+        stride, at, expected = 1.0 if count <= 1 else (total - 1) / (count - 1), 0.0, []
+        for _ in range(count):
+            expected.append(round(at))
+            at += stride
+        assert diffusion.respace(chain, count).time.tolist() == expected
+
+
 def test_noise_comes_out_as_it_went_in():
     rng = np.random.default_rng(0)
     clean, noise = (jnp.asarray(rng.standard_normal((4, 8, 8, 3)), jnp.float32) for _ in range(2))

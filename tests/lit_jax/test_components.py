@@ -1,6 +1,7 @@
 """Pipeline folders: which are read, and which settings of a scheduler change the pictures."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,13 +9,16 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.checkpoint.hub import absolute
 from heirloom.common.checkpoint.pipeline import convert_pipeline, is_pipeline, main_part, parts_of, plain_weights
+from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax import text_to_image
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.components import (
     Components,
+    check_chain,
     check_pipeline,
     check_scheduler,
     class_names,
@@ -25,7 +29,9 @@ from lit_jax.components import (
     write_parts_of,
 )
 from lit_jax.dit import DitConfig
+from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig
+from lit_jax.text_inputs import check_made_of
 from lit_jax.text_origin import read_empty_text, same_encoder, write_empty_text
 
 SIGMA = {"_class_name": "PixArtSigmaPipeline", "_diffusers_version": "0.42.0", "transformer": ["diffusers", "X"],
@@ -82,6 +88,25 @@ def test_a_setting_that_changes_pictures_is_refused_by_name(name, value):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", [name for name, value in SCHEDULER.items() if value is False])
+def test_a_null_means_off_for_what_diffusers_asks_whether_it_is_true(name):
+    check_scheduler(Fields(SCHEDULER | {name: None}, "scheduler_config.json"))
+
+
+def test_a_chain_that_a_schedulers_defaults_change_is_refused():
+    """Of a field that is missing, the default of the class counts; CogVideoX shifts its signal-to-noise ratio too."""
+    linear = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    cog = dict(_class_name="CogVideoXDDIMScheduler", **linear)
+    check_chain(Fields(cog | {"snr_shift_scale": 1.0}, "s.json"))
+    with pytest.raises(InputError, match=r"s.json: snr_shift_scale is missing, and the default of CogVideoXDDIMSch"):
+        check_chain(Fields(cog, "s.json"))
+    with pytest.raises(InputError, match=r"snr_shift_scale is 3.0; only models where it is 1.0"):
+        check_chain(Fields(cog | {"snr_shift_scale": 3.0}, "s.json"))
+    with pytest.raises(InputError, match=r"beta_start is missing, and the default of HeunDiscreteScheduler is not"):
+        check_chain(Fields({"_class_name": "HeunDiscreteScheduler"}, "s.json"))
+    check_chain(Fields({"_class_name": "DDIMScheduler"}, "s.json"))
+
+
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
@@ -118,11 +143,79 @@ def test_a_copy_keeps_the_parts_that_a_model_was_trained_with(tmp_path):
     (tmp_path / "copy").mkdir()
     copy_parts(SimpleNamespace(folder=tmp_path / "model", known={}), tmp_path / "copy")
     parts = json.loads((tmp_path / "copy" / "pipeline.json").read_text())
-    assert parts == {"text_encoder": "embedded:emoji", "autoencoder": "vae"}
+    assert parts == {"text_encoder": "embedded:emoji", "autoencoder": str(Path("vae").absolute())}
     assert same_encoder(read_empty_text(tmp_path / "copy"), np.ones((2, 3), np.float32))
     (tmp_path / "copy" / "empty_text.json").write_text("{}")
     with pytest.raises(InputError, match=r"empty_text\.json is damaged: remove it"):
         read_empty_text(tmp_path / "copy")
+
+
+def test_parts_are_noted_so_that_they_are_found_from_another_folder(tmp_path, monkeypatch):
+    for name in ("t5", "vae", "model", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "t5" / "spiece.model").write_text("")
+    monkeypatch.chdir(tmp_path)
+    write_parts_of(tmp_path / "model", "t5", "../" + tmp_path.name + "/vae")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    donor = foreign(tmp_path / "model", None)
+    assert find_components(donor).text == tmp_path / "t5" and find_components(donor).autoencoder == tmp_path / "vae"
+    (tmp_path / "vae").rmdir()
+    gone = r"model/pipeline.json: its autoencoder .*vae does not exist any more; give --autoencoder"
+    with pytest.raises(InputError, match=gone):
+        find_components(donor)
+    assert find_components(donor, autoencoder=str(tmp_path)).autoencoder == tmp_path
+    for source in ("", "embedded:emoji", "hf:org/name", "memory://bucket/vae"):
+        assert absolute(source) == source
+
+
+def test_a_cache_of_a_run_is_its_own_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = SimpleNamespace(autoencoder="vae", text_encoder="embedded:emoji")
+    noted = {"data": json.loads(json.dumps(asdict(SourceConfig()))), "text_encoder": "embedded:emoji"}
+    for source in ("vae", str(tmp_path / "vae")):
+        cache = SimpleNamespace(folder=tmp_path, about=noted | {"autoencoder": source})
+        check_made_of(cfg, SourceConfig(), cache)
+    with pytest.raises(InputError, match=r"was made with autoencoder .*vae', the recipe has .*other'"):
+        check_made_of(SimpleNamespace(autoencoder="other", text_encoder="embedded:emoji"), SourceConfig(), cache)
+
+
+@pytest.mark.parametrize(
+    ("noted", "words"),
+    [
+        ({"scaling_factor": "0.13"}, "scaling_factor is '0.13', and must be a number"),
+        ({"scaling_factor": 0}, "scaling_factor is 0, and must be a finite number above 0"),
+        ({"pipeline": ["a"]}, "pipeline is .'a'., and must be a string"),
+        ({"text-encoder": "t5"}, "the field 'text-encoder' .* is not known here"),
+    ],
+)
+def test_a_damaged_note_of_parts_is_one_line(noted, words, tmp_path):
+    (tmp_path / "pipeline.json").write_text(json.dumps(noted))
+    with pytest.raises(InputError, match=f"pipeline.json: {words}"):
+        find_components(foreign(tmp_path, PixArtConfig()))
+    with pytest.raises(InputError, match=f"pipeline.json: {words}"):
+        other_scale(foreign(tmp_path, PixArtConfig()), 0.5, "cache")
+
+
+@pytest.mark.parametrize("features", [None, [1.0, 2.0], "a", [[1.0], [2.0, 3.0]]])
+def test_damaged_features_of_the_empty_text_are_one_line(features, tmp_path):
+    (tmp_path / "empty_text.json").write_text(json.dumps({"features": features}))
+    with pytest.raises(InputError, match=r"empty_text\.json is damaged: remove it"):
+        read_empty_text(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({}, "says nothing of an autoencoder"),
+        ({"model": {}}, "says nothing of an autoencoder"),
+        ({"model": {"scaling_factor": "a"}}, ": scaling_factor is 'a', and must be a finite number"),
+        ({"model": ["a"]}, "is .'a'., not an object"),
+    ],
+)
+def test_a_damaged_note_of_the_autoencoder_is_one_line(saved, words, tmp_path):
+    (tmp_path / "autoencoder.json").write_text(json.dumps(saved))
+    with pytest.raises(InputError, match=f"autoencoder.json.*{words}"):
+        read_origin(tmp_path)
 
 
 def test_a_transformer_named_as_the_working_folder_belongs_to_its_pipeline(tmp_path, monkeypatch):
@@ -237,6 +330,10 @@ def test_latents_of_another_scale_than_a_foreign_models_are_said(tmp_path):
     (root / "vae" / "config.json").write_text(json.dumps({"scaling_factor": 0.5}))
     inside = foreign(root / "transformer", DitConfig())
     assert other_scale(inside, 0.5, "cache") == "" and "with 0.5:" in other_scale(inside, 0.18215, "cache")
+    for wrong in (None, "0.13", 0):
+        (root / "vae" / "config.json").write_text(json.dumps({"scaling_factor": wrong}))
+        with pytest.raises(InputError, match=r"vae/config.json: scaling_factor is .*, and must be a"):
+            other_scale(inside, 0.5, "cache")
 
 
 def test_a_pipelines_own_autoencoder_is_not_doubted(tmp_path, monkeypatch, remarks):

@@ -2,7 +2,8 @@
 mesh.
 """
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from lit_jax.decode import PictureDecoder, open_pictures, to_uint8
 from lit_jax.denoiser import PromptConfig
 from lit_jax.dit import Dit
 from lit_jax.generate import class_keys
-from lit_jax.sample import SampleConfig, drawer, guide, picture_keys
+from lit_jax.sample import SampleConfig, check_whole, drawer, guide, picture_keys
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +104,27 @@ def test_wrong_classes_and_steps_are_one_line(lit, model, mesh):
     with pytest.raises(InputError, match="its only step is the last"):
         SampleConfig("ddpm", 1).make()
     assert len(SampleConfig("dpm", 1).make()) == 1
-    with pytest.raises(InputError, match="guidance is nan"):
-        SampleConfig(guidance=float("nan"))
+    for guidance in (float("nan"), True, None, "2", [2.0], 10**400):
+        with pytest.raises(InputError, match=r"guidance is .*: give a number"):
+            SampleConfig(guidance=guidance)
+    for steps in (True, 2.5, None, "4", [4]):
+        with pytest.raises(InputError, match=r"--steps .* with dpm: choose between 1 and 1000"):
+            SampleConfig("dpm", steps).make()
+    for count in (True, 2.0, None, [1]):
+        with pytest.raises(InputError, match=r"count is .*: choose a whole number"):
+            check_whole("count", count)
+
+
+def test_settings_from_python_are_stored_as_plain_numbers():
+    """So that one setting is compiled once, and fits the JSON of a picture."""
+    given = dict(steps=np.int64(4), guidance=np.float32(2), guided_steps=[np.float32(0.25), 1])
+    plain = PromptConfig(steps=4, guidance=2.0, guided_steps=(0.25, 1.0))
+    assert PromptConfig(**given) == plain and hash(PromptConfig(**given)) == hash(plain)
+    assert json.loads(json.dumps(asdict(PromptConfig(**given)))) == json.loads(json.dumps(asdict(plain)))
+    assert PromptConfig(guided_steps=np.array([0.25, 1])).guided_steps == (0.25, 1.0)
+    for wrong in ((0.1,), 0.5, None, ("a", "b"), (0.9, 0.1), (0, True), (0.0, float("nan")), "ab", np.array(0.5)):
+        with pytest.raises(InputError, match=r"guided_steps are .*: give two shares of the steps, such as 0.1 0.8"):
+            PromptConfig(guided_steps=wrong)
 
 
 def test_integer_times_are_not_as_many_as_the_chain_has():

@@ -2,17 +2,21 @@
 
 from argparse import Namespace
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import pytest
 
 from heirloom.common.checkpoint import weights
-from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.convert import _as_read, convert, open_donor
+from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.verify import OWN
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
+from lit_jax.components import check_chain
 from lit_jax.dit import Dit, DitConfig
+from lit_jax.formats import SAMPLERS
 from lit_jax.zoo import FAMILY, dit, lit
 
 torch = pytest.importorskip("torch")
@@ -84,6 +88,16 @@ def test_of_a_training_checkpoint_the_average_is_taken(state, tmp_path):
     )
 
 
+def test_a_refusal_that_was_overruled_is_so_for_the_reference_too(state, tmp_path):
+    wrapped = {f"module.{key}": value for key, value in state.items()}
+    torch.save({"model": wrapped, "args": Namespace(aux=Namespace(objective="hinge"))}, tmp_path / "last.pt")
+    with pytest.raises(InputError, match=r"last.pt: trained with aux.objective hinge; .*: --set prediction=noise"):
+        open_donor(tmp_path / "last.pt", [FAMILY], heads=2)
+    donor = open_donor(tmp_path / "last.pt", [FAMILY], heads=2, prediction="noise")
+    with _as_read(donor) as file:
+        assert weights.open_safetensors(file).keys() == state.keys()
+
+
 def test_a_bare_file_of_unknown_width_asks_for_its_heads(state, tmp_path):
     torch.save(state, tmp_path / "bare.pt")
     with pytest.raises(InputError, match=r"no published model of this kind is 32 wide; give --set heads=VALUE"):
@@ -107,3 +121,25 @@ def test_diffusers_itself_is_the_reference_of_its_files(tmp_path):
         assert check.passed and check.reference == "diffusers" and 0 < check.max_error < 5e-5
         assert "exponents over 127" in check.note and "its prediction differs by" in check.sentence()
     assert [guess.split(" is a guess")[0] for guess in back.guessed] == ["prediction = noise"]
+
+
+def test_a_field_that_a_scheduler_leaves_out_has_the_default_of_its_class():
+    diffusers = pytest.importorskip("diffusers")
+
+    def accepted(config):
+        try:
+            check_chain(Fields(config, "scheduler_config.json"))
+        except InputError:
+            return False
+        return True
+
+    names = [name for name in dir(diffusers) if name.endswith("Scheduler") and name.startswith(SAMPLERS)]
+    seen = {}
+    for name in names:
+        passed = signature(getattr(diffusers, name).__init__).parameters
+        defaults = {field: parameter.default for field, parameter in passed.items()}
+        if "beta_schedule" in defaults:  # others have another chain, or need a package that is not installed
+            seen[name] = accepted({"_class_name": name})
+            assert seen[name] == accepted(defaults | {"_class_name": name}), name
+    assert {name for name, fine in seen.items() if not fine} >= {"CogVideoXDDIMScheduler", "HeunDiscreteScheduler"}
+    assert seen["DDIMScheduler"] and not accepted({"_class_name": "DDPMWuerstchenScheduler"})

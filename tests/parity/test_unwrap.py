@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 
 RAW = {"a.weight": torch.zeros(2, 3), "a.bias": torch.zeros(2)}
 MEAN = {"a.weight": torch.ones(2, 3), "a.bias": torch.ones(2)}
+KEYS = ["a.bias", "a.weight"]
 
 
 def opened(path, value, name="weights.pt"):
@@ -29,9 +30,6 @@ def opened(path, value, name="weights.pt"):
 
 def total(found):
     return float(found.tensors["a.weight"].sum()), sorted(found.tensors)
-
-
-KEYS = ["a.bias", "a.weight"]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +78,36 @@ def test_a_set_of_tensors_that_is_left_out_is_named(tmp_path):
     found = opened(tmp_path, {"model": MEAN, "target_model": RAW, "optimizer": {"exp_avg": torch.zeros(2)}})
     assert total(found) == (6, KEYS)
     assert found.notes == ("the tensors under 'model' taken, and not those under 'target_model'",)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"callbacks": {"EMA": {"ema_state_dict": MEAN}, "ModelCheckpoint": {"best": torch.zeros(2, 2)}}},
+        {"trainer": {"state": {"model_ema": MEAN}}},
+    ],
+)
+def test_an_average_further_down_is_taken_before_raw_weights(about, tmp_path):
+    """As callbacks of Lightning save theirs; averages of losses, and those of optimizers, are none of weights."""
+    others = {"optimizer_states": {"exp_avg": RAW}, "metrics": {"avg": {"loss": torch.ones(1)}}}
+    found = opened(tmp_path, {"state_dict": RAW, **about, **others})
+    assert total(found) == (6, KEYS)
+    said = f"the tensors under {next(iter(about))!r} taken, and not those under 'state_dict', 'metrics'"
+    assert found.notes[0] == said
+
+
+@pytest.mark.parametrize(
+    ("state", "names"),
+    [
+        ({"model": RAW, "ema1": MEAN, "ema2": RAW}, "ema1, ema2"),
+        ({"model": RAW, "ema": MEAN, "callbacks": {"EMA": {"weights": RAW}}}, "ema, callbacks.EMA"),
+        ({"model": RAW, "callbacks": {"EMA": MEAN, "swa": RAW}}, "EMA, swa"),
+        ({f"{name}.{key}": RAW[key] for name in ("net", "ema_1", "ema_2") for key in KEYS}, "ema_1, ema_2"),
+    ],
+)
+def test_of_several_averages_none_is_taken(state, names, tmp_path):
+    with pytest.raises(InputError, match=rf"holds several averages \({names}\); save the one you mean"):
+        opened(tmp_path, state)
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", "module", "net", "generator", "student"])
@@ -150,6 +178,7 @@ def test_the_average_of_latent_diffusion_gets_its_dots_back(tmp_path):
     [
         {"model": RAW, "ema": {"decay": 0.99, "num_updates": 3, "shadow_params": list(MEAN.values())}},
         {"model": RAW, "shadow_params": list(MEAN.values())},
+        {"model": RAW, "callbacks": {"EMA": {"ema_weights": list(MEAN.values())}}},
     ],
 )
 def test_an_average_without_names_is_refused(state, tmp_path):

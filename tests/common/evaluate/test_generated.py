@@ -122,6 +122,15 @@ def test_rows_against_stored_statistics_and_pictures(mesh, tmp_path):
         evaluate([images], read_reference(tmp_path / "whole.npz"), extractor(Q8), mesh)
 
 
+def test_an_empty_batch_of_pictures_is_no_reference(tmp_path):
+    """Also next to statistics, which score without pictures only where there never were any."""
+    np.savez(tmp_path / "empty.npz", arr_0=np.zeros((0, 256, 256, 3), np.uint8))
+    empty = read_reference(tmp_path / "empty.npz")
+    for reference in (empty, replace(empty, pool=Gaussian(np.zeros(3), np.eye(3)))):
+        with pytest.raises(InputError, match=r"empty.npz: 0 pictures are too few for a score: 10 at least"):
+            check_reference(reference, extractor(ADM))
+
+
 def test_statistics_without_spatial_ones_are_remarked_where_they_are_used():
     """sFID is then of the pictures; without a need for the statistics, or with all of them, there is no remark."""
     pool, spatial = Gaussian(np.zeros(3), np.eye(3)), Gaussian(np.zeros(2), np.eye(2))
