@@ -27,7 +27,7 @@ from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.reading import mapped
-from heirloom.common.data.sources import Record, Source, SourceConfig, open_source
+from heirloom.common.data.sources import Record, Source, SourceConfig, captions, open_source
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.features import embedder
 from heirloom.common.train.parameters import load_params
@@ -114,6 +114,8 @@ def _columns(record: Record, data: SourceConfig) -> Columns:
     found = [record.get("text") if name == data.text else record.get(name) for name in (data.text, *data.columns)]
     columns: list[list[Any]] = []
     for cell in found:
+        if isinstance(cell, str):
+            cell = captions(cell, record["key"])
         columns.append(cell if isinstance(cell, list) else [] if cell is None else [cell])
     if not any(columns) or not all(isinstance(text, str) for column in columns for text in column):
         raise InputError(f"{record['key']}: its captions must be texts, at least one")

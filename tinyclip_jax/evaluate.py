@@ -213,7 +213,7 @@ class Words:
         names = synonyms = tuple(classes or ())
         if classes == "imagenet":
             names = tuple(name for _, name in imagenet.CLASSES)
-            synonyms = tuple(f"{identifier}, {name}" for identifier, name in imagenet.CLASSES)
+            synonyms = tuple(f"{name}, {identifier}" for identifier, name in imagenet.CLASSES)
         if templates == "imagenet":
             return cls(names, synonyms, imagenet.TEMPLATES)
         return cls(names, synonyms, check_templates(templates or (), "template"))
@@ -273,13 +273,18 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
 
 
 def _named(source: Labelled, path: str, template: str) -> tuple[str, ...]:
-    """Names for prompts of the classes of data: words for folders and columns, classnames.txt as it is."""
+    """Names for prompts of the classes of data: words for folders and columns, which a remark shows; classnames.txt as
+    it is.
+    """
     if isinstance(source.source, TarSource) and source.source.class_names:
         return source.classes
     names = prompt_names(source.classes)
-    if changed := next((pair for pair in zip(source.classes, names, strict=True) if pair[0] != pair[1]), None):
-        prompt = template.replace("{}", changed[1])
-        remark(f"{path}: the prompt of class {changed[0]!r} is {prompt!r}; --classes FILE takes other names")
+    if names:
+        listed = any("," in name for name in names)
+        # The pair that says most: synonyms in one prompt, else words that were changed.
+        old, new = max(zip(source.classes, names, strict=True), key=lambda pair: ("," in pair[1], pair[0] != pair[1]))
+        way = "takes one of the synonyms, and so does --classes imagenet" if listed else "takes other names"
+        remark(f"{path}: the prompt of class {old!r} is {template.replace('{}', new)!r}; --classes FILE {way}")
     return names
 
 

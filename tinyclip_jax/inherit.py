@@ -18,6 +18,9 @@ from tinyclip_jax.vit import VitImageConfig
 DepthRule = Literal["interval", "even"]
 Tower = ImageConfig | TextConfig | VitImageConfig
 _DEPTH = {"interval": every, "even": even}
+# Fields of a tower that its tensors show, and those that change no result.
+_SIZES = {"size", "patch", "width", "layers", "heads", "hidden", "head_dim", "blocks", "context", "vocab"}
+_RUNNING = {"remat", "kernel", "tying", "drop_path", "resample"}
 
 
 def pick_layers(source: int, target: int, rule: DepthRule = "interval") -> list[int]:
@@ -33,18 +36,25 @@ def manual(teacher: ClipConfig, student: ClipConfig, depth_rule: DepthRule = "in
 
     The student must not be larger in any size. Both towers follow the same rule; the similarity scale is not inherited,
     as in the released code, but the bias of a sigmoid loss is (SigLIP): affinity mimicking does not train it.
-    `depth_rule="even"` spreads the layers evenly. For another resolution the position grid is resampled.
+    `depth_rule="even"` spreads the layers evenly. For another resolution the position grid is resampled; of a longer
+    context the student takes the first positions.
     """
     scalars: list[tuple[str, Any]] = [("logit_scale", FRESH)]
     scalars += [("logit_bias", {} if teacher.logit_bias else FRESH)] if student.logit_bias else []
-    text = ("text/**", _tower(teacher.text, student.text, depth_rule))
+    text = ("text/**", _tower(teacher.text, student.text, depth_rule) | _positions(teacher.text, student.text))
+    if student.joint != teacher.joint:
+        sizes = f"the student's joint is {student.joint}, the donor's {teacher.joint}"
+        raise InputError(f"{sizes}: set student.joint to it")
     if isinstance(teacher.image, ResNetConfig) or isinstance(student.image, ResNetConfig):
-        return Plan((*scalars, *_resnet(teacher, student), text))
+        rules = _resnet(teacher, student)
+        _compare(teacher, student)
+        return Plan((*scalars, *rules, text))
     if type(teacher.image) is not type(student.image):
         needed = "choose a donor and a student of the same kind"
         raise InputError(f"one image tower is CLIP's ViT, the other timm's, with other parameters: {needed}")
     position = ("image/position", _grid(teacher.image, student.image))
     image = ("image/**", _tower(teacher.image, student.image, depth_rule))
+    _compare(teacher, student)
     return Plan((*scalars, position, image, text))
 
 
@@ -61,7 +71,12 @@ def _resnet(teacher: ClipConfig, student: ClipConfig) -> list[tuple[str, Maps]]:
     return leading(functional(Clip, student).spec, "image/**")
 
 
-def _tower(teacher: Tower, student: Tower, rule: DepthRule) -> Maps:
+def _tower(teacher: Tower, student: Tower, rule: DepthRule) -> dict[str, Pick]:
+    where = f"student.{'text' if isinstance(student, TextConfig) else 'image'}"
+    for name in ("patch", "vocab"):
+        if getattr(student, name, None) != (donors := getattr(teacher, name, None)):
+            sizes = f"the student's {name} is {getattr(student, name)}, the donor's {donors}"
+            raise InputError(f"{sizes}: set {where}.{name} to it")
     for name in ("width", "heads", "hidden"):
         if isinstance(getattr(teacher, name), tuple) or isinstance(getattr(student, name), tuple):
             inherit = "inherit from a pruned model with masks (masks.prune_step)"
@@ -69,7 +84,12 @@ def _tower(teacher: Tower, student: Tower, rule: DepthRule) -> Maps:
         if getattr(student, name) > getattr(teacher, name):
             sizes = f"{getattr(student, name)} exceeds the donor's {getattr(teacher, name)}"
             raise InputError(f"the student's {name} {sizes}: set it to at most this")
-    _compare(teacher, student)
+    if head_dim(student) != (channels := head_dim(teacher)):
+        count, rest = divmod(student.width, channels)
+        fits = not rest and count <= int(teacher.heads) and not vars(student).get("head_dim")  # type: ignore[arg-type]
+        other = f"head_dim to {channels}" if "head_dim" in vars(student) else f"width to a multiple of {channels}"
+        sizes = f"heads have {head_dim(student)} channels, the donor's {channels}"
+        raise InputError(f"the student's {sizes}: set {where}.{f'heads to {count}' if fits else other}")
     return {
         "layer": _layers(teacher.layers, student.layers, rule),
         "embed": first(student.width),
@@ -78,14 +98,41 @@ def _tower(teacher: Tower, student: Tower, rule: DepthRule) -> Maps:
     }
 
 
-def _compare(donor: Tower, student: Tower) -> None:
-    """Remarks settings that no tensor shows."""
-    for name in ("activation", "causal", "pool"):
-        donors, own = getattr(donor, name, None), getattr(student, name, None)
-        if donors != own:
-            where = f"student.{'text' if isinstance(student, TextConfig) else 'image'}.{name}"
-            trained = "the weights were trained with the donor's"
-            remark(f"the donor's {name} is {donors!r}, the student's {own!r}: {trained}; set {where} to it")
+def _positions(teacher: TextConfig, student: TextConfig) -> dict[str, Pick]:
+    if student.context == teacher.context:
+        return {}
+    sizes = f"the student's context is {student.context}, the donor's {teacher.context}"
+    if student.context > teacher.context:
+        raise InputError(f"{sizes}: set student.text.context to at most this")
+    remark(f"{sizes}: the first {student.context} positions are inherited, and longer captions are cut there")
+    return {"position": first(student.context)}
+
+
+def _compare(donor: ClipConfig, student: ClipConfig) -> None:
+    """Remarks settings that differ and are no sizes, and trained parameters of the donor that the student lacks.
+
+    Raises InputError for parameters that the donor lacks.
+    """
+    theirs, own = (functional(Clip, cfg).spec.keys() for cfg in (donor, student))
+    ways = []
+    for tower in TOWERS:
+        before, now = (vars(getattr(cfg, tower)) for cfg in (donor, student))
+        for name in sorted((before.keys() & now.keys()) - _SIZES - _RUNNING):
+            # Of LayerScale the config has the first value, and the weights are inherited.
+            same = bool(before[name]) == bool(now[name]) if name == "layer_scale" else before[name] == now[name]
+            if not same:
+                ways.append(f"student.{tower}.{name} to {before[name]!r}")
+                trained = "the weights were trained with the donor's"
+                sizes = f"the donor's {name} is {before[name]!r}, the student's {now[name]!r}"
+                remark(f"{sizes}: {trained}; set student.{tower}.{name} to it")
+    if lacked := sorted(own - theirs - {"logit_bias"}):
+        raise InputError(f"the student has {_some(lacked)}, the donor has not: set {' and '.join(ways)}")
+    if left := sorted(theirs - own):
+        remark(f"parameters of the donor are not inherited, as the student has none: {_some(left)}")
+
+
+def _some(paths: list[str]) -> str:
+    return ", ".join(paths[:4]) + (f" and {len(paths) - 4} others" if len(paths) > 4 else "")
 
 
 def _grid(teacher: ImageConfig | VitImageConfig, student: ImageConfig | VitImageConfig) -> Maps:
@@ -111,13 +158,13 @@ def expand(donor: ClipConfig, student: ClipConfig) -> Plan:
     """
 
     def tower(source: ImageConfig | TextConfig, target: ImageConfig | TextConfig) -> Maps:
-        _compare(source, target)
         sizes = {"embed": (source.width, target.width), "head": (source.heads, target.heads)}
         sizes |= {"hidden": (source.hidden, target.hidden)}
         axes = ((axis, max(1, *per_layer(n, 1)), max(per_layer(to, 1))) for axis, (n, to) in sizes.items())
         return {axis: _zero_padded(axis, n, to) for axis, n, to in axes}
 
     towers = {name: tower(tower_of(donor, name), tower_of(student, name)) for name in TOWERS}
+    _compare(donor, student)
     return Plan((*_scalars(student), *((f"{name}/**", maps) for name, maps in towers.items())))
 
 

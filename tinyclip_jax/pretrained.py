@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from heirloom.common.checkpoint.convert import kept_provenance
 from heirloom.common.checkpoint.family import Family
 from heirloom.common.data.pictures import Picture
-from heirloom.common.data.preprocess import Preprocess, eval_images
+from heirloom.common.data.preprocess import Preprocess, eval_batches
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError
@@ -31,6 +32,8 @@ from tinyclip_jax.inputs import preprocess_of, tokenizer_of
 from tinyclip_jax.model import Clip, ClipConfig
 from tinyclip_jax.resnet import ResNetConfig
 from tinyclip_jax.zoo import FAMILY, open_clip_model, student
+
+BATCH = 64  # pictures or captions that are encoded at a time, a power of two
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,7 +53,7 @@ class Pretrained(Loaded):
 
         Raises InputError with the file, or the index in the list, for a picture that cannot be read.
         """
-        return self._image(self.params, eval_images(images, self.pre))
+        return self._encode(self._image, eval_batches(images, self.pre, BATCH))
 
     def encode_text(self, texts: str | Iterable[str]) -> jax.Array:
         """Encode one or several captions to unit-norm features [n, joint] f32.
@@ -60,7 +63,15 @@ class Pretrained(Loaded):
         tokens = self._tokenizer()(texts, self.cfg.text.context)
         if not len(tokens):
             raise InputError("the list of captions is empty: give one or more")
-        return self._text(self.params, tokens)
+        return self._encode(self._text, (tokens[i : i + BATCH] for i in range(0, len(tokens), BATCH)))
+
+    def _encode(self, tower: Any, batches: Iterable[np.ndarray]) -> jax.Array:
+        """Encodes batches, each filled up to a power of two with its last row: few programs serve any number."""
+        features = []
+        for batch in batches:
+            filled = np.arange(1 << (len(batch) - 1).bit_length()).clip(max=len(batch) - 1)
+            features.append(tower(self.params, batch[filled])[: len(batch)])
+        return jnp.concatenate(features)
 
     def similarity(self, images: Picture | Iterable[Picture], texts: str | Iterable[str]) -> np.ndarray:
         """Cosine similarity of every picture with every caption, [picture, caption] f32."""

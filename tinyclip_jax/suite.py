@@ -12,7 +12,7 @@ A folder DIR holds some of these:
 scripts/make_suite.py makes cifar10, fashion-mnist and openclipart; data sets that are missing are listed. Each of them
 except ObjectNet may also have another form that `heirloom eval --data` reads: webdataset shards of CLIP_benchmark,
 parquet files of Hugging Face, one table of paths and captions. If there are several splits, `test` is used, else `val`
-or `validation`.
+or `validation`; of ImageNet, whose test split has no labels, `val` or `validation` first.
 """
 
 import time
@@ -31,10 +31,12 @@ from heirloom.common.arguments import refuse
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.sources import FolderSource, Record, SourceConfig, captions, open_source
 from heirloom.common.data.sources.record import read
-from heirloom.common.errors import InputError
-from heirloom.common.evaluate.imagenet import CLASSES, TEMPLATES
+from heirloom.common.data.sources.splits import split_of
+from heirloom.common.errors import InputError, remark
+from heirloom.common.evaluate.imagenet import CLASSES, TEMPLATES, is_class_list
 from heirloom.common.evaluate.probe import probe
 from heirloom.common.evaluate.zeroshot import TEMPLATES as PLAIN
 from heirloom.common.train.mesh import MeshConfig, start
@@ -58,6 +60,8 @@ FASHION = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt"
 LABELLED = SourceConfig(text="", columns=("label",))
 CLASSES_OF = {"imagenet": 1000, "imagenet-v2": 1000, "imagenet-a": 200, "imagenet-r": 200}
 CLASSES_OF |= {"imagenet-sketch": 1000, "objectnet": 313}
+IMAGENET_SPLITS = ("val", "validation", "test")  # its test split has no labels
+BORDER = 2  # pixels of a red frame that ObjectNet has against training on it
 OF_ONE_SET = {"data", "split", "image", "text", "task", "classes", "templates"}  # arguments of `heirloom eval`
 WARM_UP, TIMED = 10, 50  # calls before and during the measurement of throughput
 THROUGHPUT_BATCH = 32  # examples in each
@@ -67,7 +71,7 @@ Scores = Callable[[Setup, Mapping[str, Any], Path], Scored]
 
 def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
     """Zero-shot over the classes that have folders; published numbers compare only if all `CLASSES_OF` do."""
-    source = open_labelled(_of_test(folder), "label")
+    source = open_labelled(_of_test(folder, IMAGENET_SPLITS), "label")
     by_identifier = dict(CLASSES)
     by_number = {str(i): label for i, (_, label) in enumerate(CLASSES)}
     names = by_number if name == "imagenet-v2" else by_identifier
@@ -75,7 +79,12 @@ def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) 
         if not source.classes and CLASSES_OF[name] < len(CLASSES):
             needed = f"the {CLASSES_OF[name]} classes of its labels"
             raise InputError(f"{folder} does not name {needed}: put classnames.txt next to the shards")
-        classes = source.classes or tuple(label for _, label in CLASSES)
+        classes = source.classes or tuple(by_identifier.values())
+        if is_class_list(classes):
+            classes = tuple(by_identifier.values())
+        elif listed := next((c for c in classes if "," in c), ""):
+            other = "published numbers are of one name a class"
+            remark(f"{folder}: prompts are made of lists of synonyms, as its classes are called ({listed!r}); {other}")
         return zeroshot_over(name, source, setup, classes, TEMPLATES)(params)
     if unknown := [c for c in source.classes if c not in names]:
         named = "name it like n01440764 or, in imagenet-v2, 0 to 999"
@@ -93,11 +102,11 @@ def _objectnet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path)
         needed = "no folder is a class that the mappings share with ImageNet"
         raise InputError(f"{folder / 'images'}: {needed}; give the folders of objectnet.dev")
     names = tuple(label[source.classes[i]].lower() for i in kept)
-    return zeroshot_over(name, Classes(source, kept), setup, names, TEMPLATES)(params)
+    return zeroshot_over(name, ObjectNet(source, kept), setup, names, TEMPLATES)(params)
 
 
-class Classes:
-    """The records of the classes `kept` of a source, with labels 0, 1, ... in this order."""
+class ObjectNet:
+    """The pictures of the classes `kept`, with labels 0, 1, ... in this order, without the red border of 2 pixels."""
 
     def __init__(self, source: FolderSource, kept: Sequence[int]):
         self._source, self._number = source, {label: i for i, label in enumerate(kept)}
@@ -108,7 +117,8 @@ class Classes:
 
     def __getitem__(self, index: int) -> Record:
         record = self._source[self._rows[index]]
-        return record | {"label": np.int32(self._number[int(record["label"])])}
+        pixels = np.asarray(decode_record(record))[BORDER:-BORDER, BORDER:-BORDER]
+        return record | {"image": pixels, "label": np.int32(self._number[int(record["label"])])}
 
 
 class Karpathy:
@@ -151,11 +161,12 @@ def _pairs(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> 
     return retrieval_over(name, open_source(_of_test(folder)), setup)(params)
 
 
-def _of_test(folder: Path) -> SourceConfig:
-    """The test split, where sub-folders or files are named as splits; the table, where there is exactly one."""
+def _of_test(folder: Path, splits: Sequence[str] = ("test", "val", "validation")) -> SourceConfig:
+    """The first of `splits` that sub-folders or files are named as; the table, where there is exactly one."""
     tables = [*folder.glob("*.csv"), *folder.glob("*.tsv")]
-    for split in ("test", "val", "validation"):
-        if (folder / split).is_dir() or any(any(folder.glob(f"{parent}{split}-*.parquet")) for parent in ("", "data/")):
+    named = {split_of(file) for files in ("*.parquet", "data/*.parquet", "*.tar") for file in folder.glob(files)}
+    for split in splits:
+        if (folder / split).is_dir() or split in named:
             return SourceConfig(str(folder), split)
     return SourceConfig(str(tables[0] if len(tables) == 1 else folder))
 

@@ -171,12 +171,14 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
 def match(wanted: Sequence[str], names: Names) -> list[int | None]:
     """Returns the number of each of `wanted` among `names`; None where no name or several match.
 
-    The first rule with a match decides: equal; equal but for case, with `_`, `-` and spaces the same; a common synonym,
-    separated by commas ("tench" is "tench, Tinca tinca").
+    The first rule with a match decides: equal; equal but for case, with `_`, `-` and spaces the same; the same first
+    synonym, separated by commas ("tench" is "tench, Tinca tinca"); a common synonym. A list of synonyms gives way where
+    another name matches by an earlier rule: "chime, bell, gong" is no "gong" if there is "gong, tam-tam".
     """
     forms: tuple[Callable[[str], set[str]], ...] = (
         lambda name: {name},
         lambda name: {_plain(name)},
+        lambda name: {_plain(name.split(",")[0])},
         lambda name: {_plain(part) for part in name.split(",") if part.strip()},
     )
     tables: list[dict[str, set[int]]] = [{} for _ in forms]
@@ -185,13 +187,16 @@ def match(wanted: Sequence[str], names: Names) -> list[int | None]:
             for key in form(name) if name else ():
                 table.setdefault(key, set()).add(i)
 
-    def find(name: str) -> int | None:
-        for form, table in zip(forms, tables, strict=True):
+    def find(name: str) -> tuple[int, int | None]:
+        for rule, (form, table) in enumerate(zip(forms, tables, strict=True)):
             if fits := set().union(*(table.get(key, set()) for key in form(name))):
-                return fits.pop() if len(fits) == 1 else None
-        return None
+                return rule, fits.pop() if len(fits) == 1 else None
+        return len(forms), None
 
-    return [find(name) for name in wanted]
+    found, best = [find(name) for name in wanted], dict[int | None, int]()
+    for rule, number in found:
+        best[number] = min(rule, best.get(number, rule))
+    return [None if "," in name and r > best[n] else n for name, (r, n) in zip(wanted, found, strict=True)]
 
 
 def _natural(name: str) -> list[Any]:

@@ -1,7 +1,7 @@
 """Preprocessing of RGB pictures: resize, crop, normalise, with torchvision's formulas on PIL and numpy."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -174,14 +174,23 @@ def eval_images(images: Picture | Iterable[Picture], pre: Preprocess) -> np.ndar
     Returns [n, size, size, 3] f32. Raises InputError with the file, or the index in the list, for a picture that cannot
     be read.
     """
-    pixels = []
+    return np.concatenate(list(eval_batches(images, pre, 1)))
+
+
+def eval_batches(images: Picture | Iterable[Picture], pre: Preprocess, most: int) -> Iterator[np.ndarray]:
+    """Yields the pictures of `eval_images`, up to `most` at a time, each decoded when its batch is asked for."""
+    pixels: list[np.ndarray] = []
     for number, image in enumerate(several(images)):
         try:
             pixels.append(eval_image(decode(image, pre.background), pre))
         except InputError as error:
             where = "" if is_one(images) else f"picture number {number}, counted from 0: "
             raise InputError(f"{where}{error}") from error
-    return np.stack(pixels)
+        if len(pixels) == most:
+            yield np.stack(pixels)
+            pixels.clear()
+    if pixels:
+        yield np.stack(pixels)
 
 
 def centre(image: Image.Image, pre: Preprocess) -> Image.Image:

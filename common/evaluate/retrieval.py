@@ -1,6 +1,6 @@
 """Image-text retrieval: recall at k in both directions, with any number of right answers per query."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,9 @@ import numpy as np
 from heirloom.common.evaluate.features import finite
 
 KS = (1, 5, 10)
+CELLS = 2**25  # similarities that are in memory at a time
+Compare = Callable[[slice], tuple[np.ndarray, np.ndarray]]
+"""Rows of queries -> similarity and right answers, [rows, gallery] f32 and bool."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,27 @@ def retrieval(
     """
     finite(np.asarray(image), "the features of the pictures")
     finite(np.asarray(text), "the features of the captions")
-    similarity = np.asarray(image, np.float32) @ np.asarray(text, np.float32).T
-    positive = np.asarray(image_group)[:, None] == np.asarray(text_group)[None]
-    return Recall(_recall(similarity, positive, ks), _recall(similarity.T, positive.T, ks))
+    image, text = np.asarray(image, np.float32), np.asarray(text, np.float32)
+    image_group, text_group = np.asarray(image_group), np.asarray(text_group)
+
+    def of_images(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        return image[rows] @ text.T, image_group[rows, None] == text_group
+
+    def of_texts(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        return (image @ text[rows].T).T, text_group[rows, None] == image_group
+
+    return Recall(_recall(of_images, image, text, ks), _recall(of_texts, text, image, ks))
 
 
-def _recall(similarity: np.ndarray, positive: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
-    if not positive.any(1).all():
-        raise ValueError(f"query {int(np.argmin(positive.any(1)))} has no right answer in the gallery")
-    best = np.where(positive, similarity, -np.inf).max(1, keepdims=True)
-    rank = ((similarity >= best) & ~positive).sum(1)
+def _recall(compare: Compare, queries: np.ndarray, gallery: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
+    step, ranks = max(1, CELLS // max(1, len(gallery))), []
+    for first in range(0, len(queries), step):
+        similarity, positive = compare(slice(first, first + step))
+        if not positive.any(1).all():
+            raise ValueError(f"query {first + int(np.argmin(positive.any(1)))} has no right answer in the gallery")
+        best = np.where(positive, similarity, -np.inf).max(1, keepdims=True)
+        ranks.append(((similarity >= best) & ~positive).sum(1))
+    rank = np.concatenate(ranks)
     return {k: float(np.mean(rank < k)) for k in ks}
 
 

@@ -29,7 +29,7 @@ from lit_jax.denoiser import PromptConfig
 from lit_jax.losses import DistillConfig
 from lit_jax.pixart import PixArt, PixArtConfig
 from lit_jax.text.encoder import open_text
-from lit_jax.text_cache import EmptyText, Encoding, TextCache, TextExample
+from lit_jax.text_cache import EmptyText, Encoding, TextCache, TextExample, _columns
 from lit_jax.text_inputs import open_caches
 from lit_jax.text_origin import read_empty_text, write_empty_text
 from lit_jax.text_progress import held_out_error
@@ -136,6 +136,11 @@ def test_the_cache_holds_moments_by_size_and_captions_of_both_columns(cache, fol
         np.testing.assert_allclose(first, features[0][mask[0]], atol=2e-3)
         assert len(long) == index
     np.testing.assert_allclose(cache[1]["text"][1][0], features[1][mask[1]], atol=2e-3)
+
+
+def test_lists_of_captions_as_text_are_captions_in_every_column():
+    record = {"key": "row 1", "text": ["a"], "long": "['b', 'c']"}
+    assert _columns(record, SourceConfig(columns=("long",))) == [["a"], ["b", "c"]]
 
 
 def test_captions_are_mixed_by_their_shares(cache):

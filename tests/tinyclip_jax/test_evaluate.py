@@ -104,6 +104,32 @@ def test_names_for_prompts_lose_what_numbers_them():
     assert prompt_names(("1", "2")) == ("1", "2")
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("AnnualCrop", "Forest", "SeaLake"), ("Annual Crop", "Forest", "Sea Lake")),  # EuroSAT
+        (("golden-retriever", "pug", "T-shirt"), ("golden retriever", "pug", "T-shirt")),
+        (("black-and-tan_coonhound", "YouTube"), ("black-and-tan coonhound", "YouTube")),
+        (("a/abbey", "b/bow_window/indoor"), ("abbey", "bow window indoor")),  # SUN397
+        (("a/abbey", "b/indoor"), ("a abbey", "b indoor")),
+        (("BMW", "iMac"), ("BMW", "i Mac")),
+    ],
+)
+def test_names_without_spaces_become_words(names, words):
+    assert prompt_names(names) == words
+
+
+def test_a_prompt_is_shown_whatever_the_names(weights, pictures, tmp_path, capsys):
+    assert zeroshot(weights, pictures) == 0
+    assert "note: " in (said := capsys.readouterr().out) and said.count("the prompt of class") == 1
+    assert "the prompt of class 'ant' is 'a photo of a ant.'; --classes FILE takes other names" in said
+    for old, new in (("bee", "bee, honey bee"), ("cat", "cat")):
+        shutil.copytree(pictures / old, tmp_path / "listed" / new)
+    assert zeroshot(weights, tmp_path / "listed") == 0
+    said = capsys.readouterr().out
+    assert "is 'a photo of a bee, honey bee.'; --classes FILE takes one of the synonyms, and so does --classes" in said
+
+
 def test_what_has_no_effect_is_refused(weights, pictures, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
     names = ["--classes", str(tmp_path / "names.txt")]

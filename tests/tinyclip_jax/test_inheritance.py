@@ -10,7 +10,7 @@ import pytest
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.graft import graft
-from heirloom.common.surgery.plan import Source
+from heirloom.common.surgery.plan import Source, build
 from tinyclip_jax import layouts
 from tinyclip_jax.inherit import manual, pick_layers
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
@@ -167,24 +167,81 @@ def test_a_student_larger_than_its_donor_is_refused(image, message):
     [
         (
             lambda c: replace(c, joint=8),
-            r"image/projection/kernel: axis 'joint' is 16 in the donor and 8 here, .*\"joint\": first\(8\)",
+            "the student's joint is 8, the donor's 16: set student.joint to it",
         ),
-        (lambda c: replace(c, image=replace(c.image, patch=4)), "axis 'patch_row' is 8 in the donor and 4 here"),
         (
-            lambda c: replace(c, text=replace(c.text, context=5)),
-            "text/position: axis 'position' is 6 in the donor and 5 here",
+            lambda c: replace(c, image=replace(c.image, patch=4)),
+            "the student's patch is 4, the donor's 8: set student.image.patch to it",
+        ),
+        (
+            lambda c: replace(c, text=replace(c.text, context=7)),
+            "the student's context is 7, the donor's 6: set student.text.context to at most this",
         ),
         (
             lambda c: replace(c, text=replace(c.text, vocab=9)),
-            "text/token/table: axis 'vocab' is 11 in the donor and 9 here",
+            "the student's vocab is 9, the donor's 11: set student.text.vocab to it",
         ),
-        (lambda c: replace(c, image=replace(c.image, heads=1)), "axis 'head_dim' is 8 in the donor and 16 here"),
+        (
+            lambda c: replace(c, image=replace(c.image, heads=1)),
+            "the student's heads have 16 channels, the donor's 8: set student.image.heads to 2",
+        ),
+        (
+            lambda c: replace(c, text=replace(c.text, width=18)),
+            "the student's heads have 9 channels, the donor's 8: set student.text.head_dim to 8",
+        ),
     ],
 )
-def test_sizes_no_rule_reconciles_are_named(change, message, teacher):
-    cfg = change(STUDENT)
+def test_sizes_no_rule_reconciles_are_named_with_their_setting(change, message):
     with pytest.raises(InputError, match=message):
-        manual(TEACHER, cfg).resolve(teacher, functional(Clip, cfg).spec)
+        manual(TEACHER, change(STUDENT))
+
+
+def test_a_shorter_context_takes_the_first_positions(teacher, remarks):
+    cfg = replace(STUDENT, text=replace(STUDENT.text, context=5))
+    plan = manual(TEACHER, cfg)
+    assert remarks() == [
+        "the student's context is 5, the donor's 6: the first 5 positions are inherited, and longer captions are cut"
+        " there"
+    ]
+    (line,) = (one for one in plan.resolve(teacher, functional(Clip, cfg).spec).lines if one.path == "text/position")
+    np.testing.assert_array_equal(build(line), teacher.values["text/position"][:5, :16])
+
+
+PARTS = replace(
+    TEACHER,
+    image=replace(TEACHER.image, layer_scale=0.1, eps=1e-6),
+    text=replace(TEACHER.text, projection="affine", eot=3),
+    logit_bias=True,
+)
+
+
+def test_trained_parts_of_the_donor_that_the_student_lacks_are_said(remarks):
+    manual(PARTS, STUDENT)
+    said = "\n".join(remarks())
+    assert "the donor's eps is 1e-06, the student's 1e-05: the weights were" in said
+    assert "the donor's eot is 3, the student's None" in said and "set student.text.projection to it" in said
+    assert said.endswith(
+        "parameters of the donor are not inherited, as the student has none: image/blocks/attn_scale/scale,"
+        " image/blocks/mlp_scale/scale, logit_bias, text/projection/bias"
+    )
+    manual(PARTS, replace(PARTS, image=replace(PARTS.image, layer_scale=1e-5)))  # weights replace the initial value
+    assert remarks() == []
+
+
+@pytest.mark.parametrize(
+    ("donor", "student", "message"),
+    [
+        (TEACHER, PARTS, r"the student has image/blocks/.* the donor has not: set .*image\.layer_scale to 0\.0"),
+        (
+            replace(TEACHER, image=replace(TEACHER.image, pre_norm=False)),
+            STUDENT,
+            r"the student has image/.*, the donor has not: set student\.image\.pre_norm to False",
+        ),
+    ],
+)
+def test_parts_that_the_donor_lacks_are_named_with_their_setting(donor, student, message):
+    with pytest.raises(InputError, match=message):
+        manual(donor, student)
 
 
 def test_another_resolution_resamples_the_grid_and_leaves_the_class_token(teacher):

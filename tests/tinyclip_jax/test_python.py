@@ -9,6 +9,7 @@ import tinyclip_jax
 from heirloom.common import config
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
+from tinyclip_jax import pretrained
 from tinyclip_jax.model import ImageConfig
 from tinyclip_jax.resnet import ResNetConfig
 from tinyclip_jax.vit import VitImageConfig
@@ -68,6 +69,22 @@ def test_similarity_is_that_of_the_features(teacher):
     assert isinstance(both, np.ndarray) and both.shape == (2, 3)
     features = np.asarray(teacher.encode_image(pictures)) @ np.asarray(teacher.encode_text(captions)).T
     np.testing.assert_allclose(both, features, atol=1e-6)
+
+
+def test_many_inputs_are_encoded_in_batches_of_few_sizes(teacher, monkeypatch):
+    teacher = replace(teacher)  # without compiled programs
+    pictures = [np.full((20, 30, 3), 40 * i, np.uint8) for i in range(5)]
+    captions = [f"a picture of {i}" for i in range(5)]
+    alone = [np.concatenate([encode(x) for x in given]) for encode, given in _both(teacher, pictures, captions)]
+    monkeypatch.setattr(pretrained, "BATCH", 2)
+    for (encode, given), expected in zip(_both(teacher, pictures, captions), alone, strict=True):
+        for count in (5, 4, 3, 1):
+            np.testing.assert_allclose(encode(given[:count]), expected[:count], atol=1e-5)
+    assert teacher._image._cache_size() == teacher._text._cache_size() == 2
+
+
+def _both(model, pictures, captions):
+    return (model.encode_image, pictures), (model.encode_text, captions)
 
 
 def test_scores_are_those_of_the_command(teacher):

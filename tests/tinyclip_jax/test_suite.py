@@ -16,16 +16,18 @@ from pyarrow import parquet
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.cli import main
+from heirloom.common.data.labelled import match
 from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import FolderSource
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
-from heirloom.common.evaluate.imagenet import CLASSES, TEMPLATES
+from heirloom.common.evaluate.imagenet import CLASSES, TEMPLATES, is_class_list
 from heirloom.common.evaluate.probe import probe
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax import suite
-from tinyclip_jax.evaluate import setup_of
+from tinyclip_jax.evaluate import Words, setup_of
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.pretrained import Pretrained
 from tinyclip_jax.published import Published
@@ -42,6 +44,14 @@ def test_imagenet_is_whole():
     assert CLASSES[0] == ("n01440764", "tench") and CLASSES[999][1] == "toilet paper"
     assert [i for i, _ in CLASSES] == sorted(i for i, _ in CLASSES)
     assert all(t.count("{}") == 1 for t in TEMPLATES)
+
+
+def test_the_class_list_of_imagenet_is_known_by_first_synonyms():
+    theirs = [f"{name}, Latin name {i}" if i % 3 else f"other {i}" for i, (_, name) in enumerate(CLASSES)]
+    assert is_class_list(theirs) and is_class_list([name for _, name in CLASSES])
+    assert not is_class_list(theirs[:200]) and not is_class_list(sorted(theirs))
+    # "gong" is the first synonym of one class and the last of another, which is called "wind chime" here.
+    assert match(["chime, bell, gong", "gong, tam-tam"], Words.of("imagenet", None).synonyms) == [None, 577]
 
 
 def test_the_probe_separates_what_can_be_and_chooses_its_strength():
@@ -177,9 +187,54 @@ def test_objectnet_is_over_the_classes_imagenet_has(model, tmp_path):
     setup = setup_of(donor, start(MeshConfig()))
     scored = suite.SUITE["objectnet"](setup, load_params(donor, setup.mesh), root)
     assert scored.n == 2
+    framed = np.full((12, 10, 3), (255, 0, 0), np.uint8)
+    framed[2:-2, 2:-2] = 7
+    Image.fromarray(framed).save(root / "images" / "chair" / "0.png")
+    pictures = suite.ObjectNet(FolderSource(root / "images", suite.LABELLED), [0, 2])
+    assert pictures[0]["image"].shape == (8, 6, 3) and (pictures[0]["image"] == 7).all()
     (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text("{}")
     with pytest.raises(InputError, match="no folder is a class that the mappings share"):
         suite.SUITE["objectnet"](setup, load_params(donor, setup.mesh), root)
+
+
+def parquet_of(path, picture, labels, names):
+    """A parquet file of Hugging Face with class names in its schema."""
+    about = {"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}}
+    table = pyarrow.table({"image": [picture] * len(labels), "label": labels})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), path)
+
+
+def test_imagenet_of_hugging_face(model, data, tmp_path, monkeypatch, remarks):
+    """It is scored on its validation split, as the test split has no labels, with the names of published numbers."""
+    png = (data / "imagenet-a" / "n01440764" / "0.png").read_bytes()
+    names = [f"{name}, synonym {i}" for i, (_, name) in enumerate(CLASSES)]
+    (tmp_path / "imagenet" / "data").mkdir(parents=True)
+    for split, labels in (("train", [0]), ("validation", [0, 2]), ("test", [-1, -1, -1])):
+        parquet_of(tmp_path / "imagenet" / "data" / f"{split}-00000-of-00001.parquet", png, labels, names)
+    asked = []
+    monkeypatch.setattr(suite, "zeroshot_over", lambda name, source, setup, classes, templates: asked.append(
+        (len(source), classes)) or (lambda params: None))  # fmt: skip
+    suite.SUITE["imagenet"](None, {}, tmp_path / "imagenet")
+    assert asked.pop() == (2, tuple(name for _, name in CLASSES)) and remarks() == []
+    (tmp_path / "imagenet-a").mkdir()
+    parquet_of(tmp_path / "imagenet-a" / "test-00000-of-00001.parquet", png, [0], ["ant", "bee, honey bee"])
+    suite.SUITE["imagenet-a"](None, {}, tmp_path / "imagenet-a")
+    assert asked.pop() == (1, ("ant", "bee, honey bee"))
+    assert "as its classes are called ('bee, honey bee')" in remarks()[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (("train-0.tar", "test-0.tar"), "test"),
+        (("x-train-00000-of-00001.parquet", "x-validation-00000-of-00001.parquet"), "validation"),
+        (("0.tar",), ""),
+    ],
+)
+def test_the_split_of_a_data_set_is_found_in_names_of_files(tmp_path, names, split):
+    for name in names:
+        (tmp_path / name).touch()
+    assert suite._of_test(tmp_path).split == split
 
 
 def test_a_folder_that_is_no_suite_is_refused(model, data, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 
 from heirloom.common.checkpoint.weights import native
 from heirloom.common.data.reading import Stamp, mapped, parsing, retried
-from heirloom.common.data.sources.record import Record, SourceConfig, require
+from heirloom.common.data.sources.record import Record, SourceConfig, captions, require_columns
 from heirloom.common.errors import InputError
 from heirloom.common.paths import Address, AnyPath
 
@@ -29,7 +29,7 @@ class ArraySource:
         if len(stored) > 1 and all(map(str.isdigit, stored)) and not set(names) <= set(stored):
             layout = f"has {len(stored):,} numbered arrays, one for each picture, as fast-DiT stores latents"
             raise InputError(f"{folder} {layout}, and not one for each column: encode the pictures with heirloom cache")
-        require(names, stored, folder)
+        require_columns(cfg, stored, folder)
         self._folder, self._cfg = folder, cfg
         self._remote: dict[str, RemoteArray] = {}
         self._known: dict[str, dict[str, Any]] = {}
@@ -91,7 +91,7 @@ class ArraySource:
         if cfg.image:
             record["image"] = self._row(cfg.image, index)
         if cfg.text:
-            record["text"] = str(self._row(cfg.text, index))
+            record["text"] = captions(str(self._row(cfg.text, index)), record["key"])
         return record | {name: self._row(name, index) for name in cfg.columns}
 
     def _row(self, name: str, index: int) -> np.ndarray:

@@ -4,13 +4,16 @@ import bisect
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from heapq import nsmallest
 from pathlib import Path
 
 import numpy as np
 
 from heirloom.common.data.reading import PICTURES
-from heirloom.common.data.sources.record import Record, SourceConfig, caption_lines, is_split, read, require
+from heirloom.common.data.sources.record import Record, SourceConfig, caption_lines, captions, read, require
+from heirloom.common.data.sources.splits import is_split
+from heirloom.common.data.sources.table import way_to_table
 from heirloom.common.errors import InputError, remark
 from heirloom.common.paths import Address, AnyPath, Entry
 
@@ -87,9 +90,10 @@ class FolderSource:
             try:
                 sidecar = file.with_suffix(".json")
                 text = read(file.with_suffix(".txt"))
-                record["text"] = caption_lines(text, lambda: read(sidecar) if sidecar.is_file() else b"", self._root)
+                about = partial(read, sidecar) if sidecar.is_file() else bytes
+                record["text"] = captions(caption_lines(text, about, self._root), record["key"])
             except UnicodeDecodeError as error:
-                raise InputError(f"{file.with_suffix('.txt')} is not UTF-8 text: {error}") from error
+                raise InputError(f"{file.with_suffix('.txt')} is not UTF-8 text: {error}; save it as UTF-8") from error
         return record
 
     def key(self, index: int) -> str:
@@ -108,7 +112,8 @@ def _check_class_names(root: AnyPath, counts: Mapping[str, int], tables: Sequenc
     """
     filled = [name for name, n in counts.items() if n]
     needed = "put a .txt next to each picture, or give a .csv or .tsv with a header that has their captions"
-    beside = f", and {tables[0]}, which is not read" if tables else ""
+    way = way_to_table(root / tables[0]) if tables and tables[0].endswith(".jsonl") else ""
+    beside = f", and {tables[0]}, which is not read{way and f' ({way})'}" if tables else ""
     if len(filled) == 1:
         raise InputError(f"{root}: one folder of pictures without captions{beside}: {needed}")
     shown = ", ".join(filled[:3]) + ("" if len(filled) < 4 else ", ...")

@@ -1,7 +1,6 @@
 """Parquet files, including those of Hugging Face datasets."""
 
 import json
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -14,17 +13,17 @@ import numpy as np
 
 from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.sources.record import (
-    SPLITS,
     Record,
     SourceConfig,
-    all_splits,
     captions,
     picture_file,
     read,
     require,
+    require_columns,
     starts,
     value,
 )
+from heirloom.common.data.sources.splits import all_splits, of_split
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.paths import Address, AnyPath
 
@@ -41,8 +40,8 @@ class ParquetSource:
     A local file is memory-mapped, one in a bucket is read by ranges.
 
     A picture is a binary column, a column of paths relative to the file, or the struct of `bytes` and `path` that
-    Hugging Face datasets write (path where bytes is null). A split is a column `split`, or the first part of the names
-    of the files.
+    Hugging Face datasets write (path where bytes is null). A split is a column `split`, or a part of the names of the
+    files.
     """
 
     def __init__(self, files: Sequence[AnyPath], cfg: SourceConfig):
@@ -50,14 +49,15 @@ class ParquetSource:
 
         names = [c for c in (cfg.image, cfg.text, *cfg.columns) if c]
         by_column = "split" in _schema(files[0]).names
-        files = files if by_column else _of_split(files, cfg.split)
+        files = files if by_column else of_split(files, cfg.split)
         groups: list[RowGroup] = []
         splits: list[str] = []
         for file in files:
             stamp = Stamp.of(file)
             try:
                 with _open(file) as opened:
-                    require([*names, *(["split"] if cfg.split and by_column else [])], opened.schema_arrow.names, file)
+                    require_columns(cfg, opened.schema_arrow.names, file)
+                    require(["split"] if cfg.split and by_column else [], opened.schema_arrow.names, file)
                     counts = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
                     if cfg.split and by_column:
                         splits += opened.read(columns=["split"]).column("split").to_pylist()
@@ -161,34 +161,12 @@ def _schema(file: AnyPath) -> "pyarrow.Schema":
         raise InputError(f"{file} is not readable as parquet: {error}") from error
 
 
-def _of_split(files: Sequence[AnyPath], split: str) -> Sequence[AnyPath]:
-    """Returns the files of a split by their names; all files where no name has a split."""
-    known = sorted({name for file in files if (name := _split_of(file))})
-    where = files[0] if len(files) == 1 else files[0].parent
-    if not split and len(known) > 1:
-        raise InputError(f"{where} has the splits {', '.join(known)}: say which one with split")
-    if split and split not in known:
-        if known:
-            raise InputError(f"{where} has no split {split!r}{nearest(split, known)} (it has {', '.join(known)})")
-        needed = f"no column 'split', and no file named like {split}-00000-of-00001.parquet"
-        raise InputError(f"{where} has no splits: {needed}")
-    return [file for file in files if _split_of(file) == split] if split else files
-
-
 def _extremes(about: "parquet.FileMetaData", name: str) -> list[str]:
     """Returns the least and the largest value of a column in each row group, where the file tells."""
     groups = [about.row_group(g) for g in range(about.num_row_groups)]
     columns = (group.column(c) for group in groups for c in range(group.num_columns))
     found = (c.statistics for c in columns if c.path_in_schema == name)
     return [str(value) for known in found if known and known.has_min_max for value in (known.min, known.max)]
-
-
-def _split_of(file: AnyPath) -> str | None:
-    """Returns the split in a file's name: test-00000-of-00001.parquet (Hugging Face), test.parquet, test_0.parquet."""
-    if numbered := re.fullmatch(r"(.+?)[-_]\d+-of-\d+(-\w+)?", file.stem):
-        return numbered[1]
-    word = re.split(r"[-_.]", file.stem)[0]
-    return word if word in SPLITS else None
 
 
 def _class_names(files: Sequence[AnyPath]) -> dict[str, tuple[str, ...]]:

@@ -1,8 +1,11 @@
 """Shared by all formats: the config, the record, and checks of columns, captions and files."""
 
+import ast
+import io
 import json
-import re
+import tokenize
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +16,11 @@ from heirloom.common.data.reading import retried
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.paths import AnyPath, join
 
-SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
+# Other names of these columns in published data.
+USUAL = {
+    "image": ("file_name", "filepath", "filename", "image_path", "path", "file", "img", "jpg", "png"),
+    "text": ("text", "captions", "title", "sentence", "sentences", "raw", "alt_text", "description", "prompt"),
+}
 SHOWN = 40  # names in an error
 LONGEST = 2**12  # characters of a path
 Record = dict[str, Any]
@@ -29,8 +36,8 @@ class SourceConfig:
     .npy arrays, or tfds:name[:version][@data_dir]; files and folders may be in a bucket (gs://, s3://)
     """
     split: str = ""
-    """train, test, ... for data that has splits: a column `split`, TFDS, sub-folders train/ test/,
-    test-00000-of-00001.parquet
+    """train, test, ... for data that has splits: a column `split`, TFDS, sub-folders train/ test/, a part of the names
+    of .parquet and .tar files (test-00000-of-00001.parquet, cc3m-train-0000.tar)
     """
     image: str = "image"
     """column of the picture; in a .csv its path, relative to the file; empty: leave pictures out"""
@@ -54,11 +61,6 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Record: ...
 
 
-def is_split(name: str) -> bool:
-    """Whether a folder or a part of a file name is that of a split: train, Test, val2017 (COCO)."""
-    return name.casefold() in SPLITS or bool(re.fullmatch(r"(?i)(train|val|test|unlabeled)\d{4}", name))
-
-
 def key_of(source: Source, index: int) -> str:
     """Returns the name of a record for messages, without reading it: of `source.key(index)` where there is one."""
     return source.key(index) if hasattr(source, "key") else f"record {index}"
@@ -71,6 +73,18 @@ def require(names: Iterable[str], available: Sequence[str], where: object, kind:
             more = f", ... ({len(available):,} in all)" if len(available) > SHOWN else ""
             known = f"it has {', '.join(available[:SHOWN])}{more}" if available else "it has none"
             raise InputError(f"{where} has no {kind} {name!r}{nearest(name, available)} ({known})")
+
+
+def require_columns(cfg: SourceConfig, available: Sequence[str], where: object) -> None:
+    """Raises InputError for the first of the config's columns that the data does not have; says the flag to set."""
+    for flag, name in (("image", cfg.image), ("text", cfg.text)):
+        try:
+            require([name], available, where)
+        except InputError as error:
+            usual = next((other for other in USUAL[flag] if other in available), "NAME")
+            flags = f"--data.{flag} {usual} (heirloom eval: --{flag} {usual})"
+            raise InputError(f"{error}; name it with {flags}") from error
+    require(cfg.columns, available, where)
 
 
 def value(cell: object, key: str, column: str) -> object:
@@ -103,14 +117,46 @@ def value(cell: object, key: str, column: str) -> object:
 def captions(text: object, key: str) -> str | list[str]:
     """Returns `text` if it is a string or a list of strings. An empty string is a caption, as in CLIP_benchmark.
 
-    Raises InputError naming the record for anything else: null, a number, an empty list, a list with null.
+    A string that holds a list, as a table of Karpathy's splits has it, becomes that list. Raises InputError naming the
+    record for anything else: null, a number, an empty list, a list with null, half a list in a string.
     """
     if isinstance(text, str):
-        return text
+        if (several := _list_in(text.strip(), key)) is None:
+            return text
+        said = "captions that are lists written as text, in brackets and quotes, are read as several captions each"
+        remark(said if several else "")
+        text = several
     if isinstance(text, list) and text and all(isinstance(caption, str) for caption in text):
         return text
     needed = "a caption must be a string, or a list of strings that is not empty"
     raise InputError(f"{key}: its caption is {str(text)[:60]}; {needed}")
+
+
+def _list_in(text: str, key: str) -> list[str] | None:
+    """Parses a list of strings in the notation of JSON or Python; returns None for other text.
+
+    Raises InputError for what begins and ends as such a list and is none, such as numpy's, which has no commas.
+    """
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    for parse in (json.loads, _python):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = parse(text)
+            if isinstance(found, list) and all(isinstance(caption, str) for caption in found):
+                return found
+    if text[1:].lstrip()[:1] in ("'", '"'):
+        needed = "write a list of strings in JSON, or a caption without brackets and quotes around it"
+        raise InputError(f"{key}: its caption begins as a list and is none ({text[:40]} ...): {needed}")
+    return None
+
+
+def _python(text: str) -> object:
+    """Evaluates a literal of Python. Raises SyntaxError for strings without a comma, which Python would join."""
+    found = ast.literal_eval(text)
+    strings = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.STRING]
+    if len(strings) != len(found):
+        raise SyntaxError("strings without a comma")
+    return found
 
 
 def tags_of(record: Record) -> list[str]:
@@ -156,7 +202,11 @@ def picture_file(folder: AnyPath, name: str, key: str) -> AnyPath:
         raise InputError(f"{key}: its picture is on the web ({name[:60]}): {needed}")
     if name.startswith("data:") or len(name) > LONGEST:
         raise InputError(f"{key}: its picture is text ({name[:20]} ...), not a path: store encoded bytes in a .parquet")
-    return join(folder, name)
+    file = join(folder, name)
+    if "\\" in name and not file.exists() and (other := join(folder, name.replace("\\", "/"))).exists():
+        remark(f"{folder}: its table has paths as Windows writes them; \\ is read as /")
+        return other
+    return file
 
 
 def read(file: AnyPath) -> bytes:
@@ -170,10 +220,3 @@ def read(file: AnyPath) -> bytes:
 def starts(counts: Sequence[int]) -> np.ndarray:
     """Returns the index of the first sample of each part."""
     return np.cumsum([0, *counts[:-1]])
-
-
-def all_splits(found: Iterable[str], file: AnyPath) -> str:
-    """Returns a remark for data that is read whole though a column has several splits, else an empty string."""
-    known = sorted(found)
-    names = f"{file}: its column 'split' has {', '.join(known)}, and all of it is read"
-    return f"{names}; name one with split" if len(known) > 1 else ""

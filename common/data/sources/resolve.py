@@ -12,7 +12,8 @@ from heirloom.common.data.sources.arrays import ArraySource
 from heirloom.common.data.sources.folder import FolderSource
 from heirloom.common.data.sources.parquet import ParquetSource
 from heirloom.common.data.sources.record import Source, SourceConfig
-from heirloom.common.data.sources.table import CsvSource
+from heirloom.common.data.sources.splits import of_split
+from heirloom.common.data.sources.table import CsvSource, is_table, way_to_table
 from heirloom.common.data.sources.tar import TarSource
 from heirloom.common.data.sources.tfds import TfdsSource
 from heirloom.common.errors import InputError, nearest
@@ -34,7 +35,10 @@ def open_source(cfg: SourceConfig) -> Source:
 
 
 def shards_of(cfg: SourceConfig) -> list[AnyPath]:
-    """Returns the tar shards of `cfg.path`; none where the data has another format. Raises InputError for no data."""
+    """Returns the tar shards of `cfg.path`, of a split if one is chosen; none where the data has another format.
+
+    Raises InputError for no data, and for a split that it does not have.
+    """
     scheme = cfg.path.partition(":")[0]
     if not cfg.path or scheme in ("emoji", "tfds") or cfg.path in EMBEDDED:
         return []
@@ -43,9 +47,11 @@ def shards_of(cfg: SourceConfig) -> list[AnyPath]:
         folder = files[0]
         if _parquet(folder):
             return []
-        split = folder / cfg.split if cfg.split else folder
-        return _visible(folder, "*.tar") or (_visible(split, "*.tar") if split.is_dir() else [])
-    return files if {file.suffix for file in files} == {".tar"} else []
+        if not (files := _visible(folder, "*.tar")):
+            split = folder / cfg.split
+            return _visible(split, "*.tar") if cfg.split and split.is_dir() else []
+    shards = {file.suffix for file in files} == {".tar"}
+    return of_split(files, cfg.split) if shards and cfg.split else files if shards else []
 
 
 def _open(cfg: SourceConfig) -> Source:
@@ -70,10 +76,11 @@ def _open(cfg: SourceConfig) -> Source:
     suffixes = {file.suffix for file in files}
     if len(suffixes) == 1 and (kind := kinds.get(files[0].suffix)):
         return kind(files, cfg)
-    if len(files) == 1 and files[0].suffix in (".csv", ".tsv"):
+    if len(files) == 1 and is_table(files[0], cfg):
         return CsvSource(files[0], cfg)
-    found = ", ".join(sorted(suffixes))
-    raise InputError(f"{cfg.path}: {found} cannot be read; give a folder, one .csv or .tsv, .tar or .parquet")
+    found, way = ", ".join(sorted(suffixes)), way_to_table(files[0])
+    needed = f"give a folder, one .csv or .tsv, .tar or .parquet{way and f'; {way}'}"
+    raise InputError(f"{cfg.path}: {found} cannot be read; {needed}")
 
 
 def _folder(folder: AnyPath, cfg: SourceConfig) -> Source:
@@ -84,6 +91,10 @@ def _folder(folder: AnyPath, cfg: SourceConfig) -> Source:
         return TarSource(files, cfg)
     if _visible(folder, "*.npy"):
         return ArraySource(folder, cfg)
+    if (splits := (folder / "dataset_dict.json").is_file()) or _visible(folder, "*.arrow"):
+        one = f"datasets.load_from_disk({str(folder)!r}){'[SPLIT]' if splits else ''}"
+        what = "is what datasets.save_to_disk writes, which cannot be read"
+        raise InputError(f"{folder} {what}: write {one}.to_parquet('data.parquet') in Python")
     if cfg.split and (part := folder / cfg.split).is_dir():
         return _folder(part, replace(cfg, split=""))
     return FolderSource(folder, cfg)

@@ -1,14 +1,25 @@
-"""Tables of paths and captions: .csv and .tsv."""
+"""Tables of paths and captions: .csv, .tsv, and .txt with a header."""
 
 import csv
 import os
+import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
 
 from heirloom.common.data.reading import Stamp, retried
-from heirloom.common.data.sources.record import Record, SourceConfig, all_splits, picture_file, read, require, value
+from heirloom.common.data.sources.record import (
+    Record,
+    SourceConfig,
+    captions,
+    picture_file,
+    read,
+    require,
+    require_columns,
+    value,
+)
+from heirloom.common.data.sources.splits import all_splits
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.fetch import fetch
 from heirloom.common.paths import Address, AnyPath
@@ -27,14 +38,15 @@ class CsvSource:
         splits, starts, numbers, start = set(), list[int](), list[int](), 0
         try:
             with open(self._table, "rb") as data:
-                self._tab = b"\t" in data.readline()
+                self._tab = b"\t" in _header_line(data, file)
                 data.seek(0)
                 rows = self._rows(data)
                 self._header = next(rows, [])
                 if len(self._header) == 1 and (other := next((c for c in ";|" if c in self._header[0]), "")):
                     raise InputError(f"{file}: its columns are separated by {other!r}; save it with commas or tabs")
                 wanted = (cfg.image, cfg.text, *cfg.columns, "split" if cfg.split else "")
-                require([column for column in wanted if column], self._header, file)
+                require_columns(cfg, self._header, file)
+                require(["split"] if cfg.split else [], self._header, file)
                 if doubled := [column for column in wanted if column and self._header.count(column) > 1]:
                     raise InputError(f"{file} has {doubled[0]!r} twice in its header: rename one of the columns")
                 self._kinds: dict[str, type] = dict.fromkeys(cfg.columns, int)
@@ -54,7 +66,9 @@ class CsvSource:
         except csv.Error as error:
             quotes = "a cell with quotes or line breaks is in quotes, and quotes inside it are doubled"
             raise InputError(f"{file}: the row at byte {start} is not readable: {error}; {quotes}") from error
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is not readable as a table: {error}; save it as UTF-8") from error
+        except OSError as error:
             raise InputError(f"{file} is not readable as a table: {error}") from error
         if cfg.split and not starts:
             known = sorted(splits - {""})
@@ -79,7 +93,7 @@ class CsvSource:
         cfg, key, cells = self._cfg, self.key(index), retried(lambda: self._row(index), self._file)
         record = Record(key=key) | {c: value(kind(cells[c]), key, c) for c, kind in self._kinds.items()}
         if cfg.text:
-            record["text"] = cells[cfg.text]
+            record["text"] = captions(cells[cfg.text], key)
             if not cells[cfg.text].strip():
                 raise InputError(f"{key}: the column {cfg.text!r} is empty; it needs a caption")
         if cfg.image and not cells[cfg.image]:
@@ -102,6 +116,40 @@ class CsvSource:
     def _cells(self, data: BinaryIO, index: int) -> dict[str, str]:
         data.seek(int(self._starts[index]))
         return dict(zip(self._header, next(self._rows(data)), strict=True))
+
+
+def is_table(file: AnyPath, cfg: SourceConfig) -> bool:
+    """Returns whether a file is a table: a .csv, a .tsv, or a .txt whose first line names the columns of the config."""
+    if file.suffix != ".txt":
+        return file.suffix in (".csv", ".tsv")
+
+    def header() -> bytes:
+        with file.open("rb") as data:
+            return data.readline()
+
+    names = re.split(r"[,\t]", retried(header, file).decode("utf-8-sig", "replace").strip())
+    return {cfg.image, cfg.text, *cfg.columns} - {""} <= set(names)
+
+
+def way_to_table(file: AnyPath) -> str:
+    """Returns what makes a file of another form readable; an empty string where nothing is known."""
+    quoted, table = repr(str(file)), repr(f"{file.stem}.csv")
+    return {
+        ".txt": "a table needs a first line that names its columns, such as image,caption",
+        ".arrow": f"write datasets.Dataset.from_file({quoted}).to_parquet('{file.stem}.parquet') in Python",
+        ".jsonl": f"write pandas.read_json({quoted}, lines=True).to_csv({table}, index=False) in Python",
+        ".json": f"if it is a list of rows, write pandas.read_json({quoted}).to_csv({table}, index=False) in Python",
+    }.get(file.suffix, "")
+
+
+def _header_line(data: BinaryIO, file: AnyPath) -> bytes:
+    """Reads the first line. Raises InputError for UTF-16, and for lines that end in a carriage return alone."""
+    line = data.readline()
+    if b"\0" in line:
+        raise InputError(f"{file} is UTF-16, or no text: save it as UTF-8")
+    if b"\r" in line.rstrip(b"\r\n"):
+        raise InputError(f"{file}: its lines end in carriage returns: save it with line ends of Unix")
+    return line
 
 
 def _narrowest(cell: str, kind: type) -> type:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -14,15 +14,17 @@ from heirloom.common.data.indexing import CAPTIONS, have
 from heirloom.common.data.lines import read_lines
 from heirloom.common.data.reading import PICTURES, Stamp, retried
 from heirloom.common.data.sources.record import (
+    USUAL,
     Record,
     SourceConfig,
     caption_lines,
     captions,
-    is_split,
     require,
+    require_columns,
     starts,
     value,
 )
+from heirloom.common.data.sources.splits import is_split, of_split
 from heirloom.common.data.tar_index import STEM, Index, index_shard, known_index, read_span
 from heirloom.common.errors import InputError, remark
 from heirloom.common.paths import AnyPath
@@ -32,14 +34,14 @@ class TarSource:
     """Tar shards in webdataset's form: members of a sample share the name up to the first dot (12.jpg, 12.txt).
 
     A .txt member has a caption a line, or the caption of the .json with its line breaks. A .cls member becomes `label`:
-    a whole number, or the name of a class. Class names and zero-shot templates are read where CLIP_benchmark writes
-    them: in the shards' folder, or in its parent if the folder is named test or train.
+    a whole number, or the name of a class. A split is a part of the names of the shards. Class names and zero-shot
+    templates are read where CLIP_benchmark writes them: in the shards' folder, or in its parent if the folder is named
+    test or train.
     """
 
     def __init__(self, shards: Sequence[AnyPath], cfg: SourceConfig):
-        if cfg.split:
-            raise InputError(f"{shards[0]}: tar shards have no split {cfg.split!r}; leave split empty")
-        self._shards, self._cfg, self._catalogue = list(shards), cfg, catalogued(shards)
+        shards = of_split(shards, cfg.split)
+        self._shards, self._cfg, self._catalogue = shards, cfg, catalogued(shards)
         known = self._catalogue
         if len(empty := np.flatnonzero(known.samples == 0)):
             raise InputError(f"{shards[empty[0]]} is empty: it has no member with a name like 000012.jpg")
@@ -73,7 +75,7 @@ class TarSource:
                 fields = _object(shard.read(members["json"]), key) | fields
         except (ValueError, RecursionError) as error:
             raise InputError(f"{key}: its .json, .txt or .cls is not readable: {error}") from error
-        require([cfg.text, *cfg.columns], list(fields), key)
+        require_columns(replace(cfg, image=""), list(fields), key)
         record |= {c: value(fields[c], key, c) for c in cfg.columns}
         return record | ({"text": captions(fields[cfg.text], key)} if cfg.text else {})
 
@@ -170,10 +172,17 @@ def _refuse(shard: Shard, what: str, extensions: Sequence[str]) -> None:
     """Raises InputError: not every sample has a member with one of `extensions`."""
     table = shard.index().table()
     found = have(table, extensions)
-    if not found.any():
-        names = ", ".join((table.dtype.names or ())[1:])[:80]
-        dots = "; a name ends at its first dot (000012.jpg)" if "." in names else ""
-        raise InputError(f"{shard.file} has no {what}s ({', '.join(extensions)}), only {names}{dots}")
-    first = table[STEM][found.argmin()].decode(errors="backslashreplace")
-    lacking = f"{(~found).sum()} of {len(found)} samples have no {what}, the first is {first}"
-    raise InputError(f"{shard.file}: {lacking}; pack the shard without them")
+    row = table[found.argmin()]
+    first = row[STEM].decode(errors="backslashreplace")
+    members = [name for name in (table.dtype.names or ())[1:] if row[name]["size"] >= 0]
+    way = "pack the shard without them" if found.any() else ""
+    if dotted := next((name for name in members if name.rpartition(".")[2] in extensions), ""):
+        *parts, ending = f"{first}.{dotted}".split(".")
+        way = f"a name ends at its first dot: rename {first}.{dotted} to {'_'.join(parts)}.{ending}"
+    elif other := next((name for name in USUAL["text"] if what == "caption" and name in members), ""):
+        way = f"rename the members .{other} to .{extensions[0]}"
+    if found.any():
+        lacking = f"{(~found).sum()} of {len(found)} samples have no {what}, the first is {first}"
+        raise InputError(f"{shard.file}: {lacking}; {way}")
+    names = ", ".join((table.dtype.names or ())[1:])[:80]
+    raise InputError(f"{shard.file} has no {what}s ({', '.join(extensions)}), only {names}{way and f'; {way}'}")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.data.reading import retried
-from heirloom.common.data.sources.record import Record, SourceConfig, captions, require, value
+from heirloom.common.data.sources.record import Record, SourceConfig, captions, require_columns, value
 from heirloom.common.errors import InputError, nearest
 
 
@@ -37,7 +37,7 @@ class TfdsSource:
             near = f"{nearest(cfg.split, splits)} (it has {', '.join(splits)})"
             raise InputError(f"tfds:{name} has no split {cfg.split!r}{near}")
         features = builder.info.features
-        require([cfg.image, cfg.text, *cfg.columns], list(features), f"tfds:{name}")
+        require_columns(cfg, list(features), f"tfds:{name}")
         labels = ((n, f.names) for n, f in features.items() if isinstance(f, tfds.features.ClassLabel))
         self.class_names = {n: tuple(names) for n, names in labels if names}
         self.classes = self.class_names.get("label", ())

@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 
 from heirloom.common.data.lines import read_lines
 from heirloom.common.errors import InputError
+from heirloom.common.evaluate import retrieval as evaluated
 from heirloom.common.evaluate.features import embedder
 from heirloom.common.evaluate.probe import probe
 from heirloom.common.evaluate.retrieval import ambiguous, distinct, retrieval
@@ -37,6 +38,20 @@ def test_any_picture_of_the_group_is_a_hit():
     found = retrieval(image, text, np.array(["a", "a", "b"]), np.array(["a", "b"]), ks=(1,))
     assert found.text_to_image == {1: 1.0}
     assert found.image_to_text == {1: pytest.approx(2 / 3)}  # picture 1 of "a" looks like "b"
+
+
+def test_large_sets_are_ranked_in_parts_with_the_same_result(monkeypatch):
+    rng = np.random.default_rng(0)
+    groups = np.arange(23), rng.permutation(np.arange(41) % 23)
+    image = rng.integers(-3, 4, (23, 4))  # exact, and many similarities tie
+    text = image[groups[1]] + rng.integers(-1, 2, (41, 4))
+    whole = retrieval(image, text, *groups)
+    assert 0 < whole.image_to_text[1] < whole.image_to_text[10] < 1
+    for cells in (1, 100, 300):
+        monkeypatch.setattr(evaluated, "CELLS", cells)
+        assert retrieval(image, text, *groups) == whole
+        with pytest.raises(ValueError, match="query 20 has no right answer"):
+            retrieval(image, text, groups[0], np.where(groups[1] == 20, 0, groups[1]))
 
 
 def test_a_collapsed_model_scores_nothing():
