@@ -57,10 +57,15 @@ _CONFIGS = (
     "collections.defaultdict",
 )
 _TYPES = (dict, list, tuple, set, int, float, bool, str)
-_PATTERNS = (
-    "*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pth.tar",
-    "*.th", "*.msgpack.index.json", "*.msgpack", "*.npz",
-)  # fmt: skip
+# Kinds of weights files, the first before the others; of each kind an index of shards first.
+KINDS = (
+    ("*.safetensors.index*.json", "*.safetensors"),
+    ("*.bin.index*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pth.tar", "*.th"),
+    ("*.msgpack.index.json", "*.msgpack"),
+    ("*.npz",),
+)
+_PATTERNS = tuple(pattern for kind in KINDS for pattern in kind)
+NOTHING = f"no weights (no {', '.join(p[1:] for p in _PATTERNS if 'index' not in p)})"
 NO_WEIGHTS = re.compile(
     r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|optim|adapter_model|sampler|dl_state_dict"
     r"|custom_checkpoint)"
@@ -116,7 +121,7 @@ def weights_files(path: Path) -> list[Path]:
                 _check_index(index)
             _check_average(path, found)
             return found
-    raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt, .pth, .ckpt, .npz or .msgpack)")
+    raise InputError(f"{path} holds {NOTHING}")
 
 
 def _check_average(folder: Path, found: list[Path]) -> None:
