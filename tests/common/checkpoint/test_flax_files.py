@@ -16,8 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.flax_files import as_torch, open_flax
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.unwrap import KINDS
-from heirloom.common.checkpoint.unwrap import open_tensors
+from heirloom.common.checkpoint.unwrap import KINDS, open_tensors
 from heirloom.common.checkpoint.verify import RENAMED, Check
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
