@@ -134,10 +134,10 @@ def _hf_file(folder: Path) -> _HfFile | None:
     else:
         return None
     given = given.with_defaults()
+    kind = _processor(folder, given)  # first: the fields of another processor would be called unknown
     for name in given:
         if name not in _HANDLED | _INERT and not name.startswith("_") and given.value(name) is not False:
             raise given.refusal(name, f"this processing is not supported{nearest(name, _HANDLED)}")
-    kind = _processor(folder, given)
     absent = "use the original's file"
     if kind is None:
         absent = "add it, or the image_processor_type that it depends on (CLIPImageProcessor)"

@@ -119,6 +119,10 @@ def test_transformers_file_is_read_in_full(theirs, expected, tmp_path):
             {"image_processor_type": "BlipImageProcessor"},
             "'BlipImageProcessor'; only processors of CLIP, ViT, DeiT, Bit, Siglip can be read",
         ),
+        (  # which processor it is before what that processor has
+            {"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.875},
+            "'ConvNextImageProcessor'; only processors of CLIP, ViT, DeiT, Bit, Siglip can be read",
+        ),
         (
             {"image_processor_type": None},
             "'resample' is missing; add it, or the image_processor_type that it depends on",
