@@ -64,8 +64,8 @@ def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
     ranked one by one, as "name@expert". Packed projections (gpt2's c_attn, phi's qkv_proj, a gate_up_proj) are ranked
     as the one matrix they are stored as; a transposed one, as gpt2's Conv1D keeps it, has the same singular values.
     Embeddings, vectors (norms and biases), buffers, parameters of no layer (a Mamba's A_log) and matrices with a side
-    below `least` are left out, and a warning says which. Raises InputError for quantised weights, for adapters, for NaN or infinity anywhere but in a mask, and
-    when no matrix is left.
+    below `least` are left out, and a warning says which. Raises InputError for quantised weights, for adapters, for NaN
+    or infinity anywhere but in a mask, and when no matrix is left.
     """
     refuse_quantised(tensors)
     if adapter := next((name for name in tensors if has_adapters({name: tensors[name]})), None):
