@@ -96,12 +96,15 @@ def size_of(folder: Path) -> int | None:
 def write(pre: Preprocess, folder: Path, format: str) -> None:
     """Writes preprocessing in the file of a format; our file for formats without one.
 
-    No format can express the rounding of the crop's corner; transformers always composites on white.
+    No format can express the rounding of the crop's corner, and transformers always composites on white, which is
+    remarked.
     Raises InputError for settings that the format cannot express.
     """
     if pre.background != "none" and format in ("open_clip", "timm"):
         where = "composite transparent pictures yourself there"
         remark(f"{format} has no setting for background {pre.background!r}: {where}")
+    if pre.background == "none" and format in ("hf", "flax"):
+        remark("transformers puts transparent pictures on white, and this model drops alpha: convert them to RGB there")
     _WRITERS.get(format, lambda pre, folder: pre.save(folder))(pre, folder)
 
 

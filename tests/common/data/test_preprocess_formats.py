@@ -318,5 +318,11 @@ def test_a_white_background_is_said_where_it_is_lost(tmp_path, remarks):
     assert remarks() == [
         "open_clip has no setting for background 'white': composite transparent pictures yourself there"
     ]
+    write(replace(OTHER, background="white"), tmp_path, "hf")
+    assert remarks() == []
+    write(replace(OTHER, background="none"), tmp_path, "hf")
+    assert remarks() == [
+        "transformers puts transparent pictures on white, and this model drops alpha: convert them to RGB there"
+    ]
     write(replace(OTHER, background="white"), tmp_path, "heirloom")
     assert remarks() == [] and Preprocess.load(tmp_path).background == "white"
