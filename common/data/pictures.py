@@ -61,7 +61,8 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
         elif isinstance(image, bytes | bytearray | memoryview):
             picture = Image.open(io.BytesIO(image))
         elif hasattr(image, "read"):
-            picture = Image.open(image)
+            file: Any = image
+            picture = Image.open(file)
         else:
             kind = type(image).__name__
             if isinstance(image, Mapping):

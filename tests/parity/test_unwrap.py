@@ -132,7 +132,7 @@ def test_an_average_under_a_prefix_is_taken_and_its_twin_left(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["criterion.weight", "loss_fn.weight", "train_acc.confmat", "val_accuracy.tp", "test_metrics.MulticlassF1.tp"]
+    "name", ["criterion.weight", "loss_fn.weight", "train_acc.confmat", "val_accuracy.tp", "test_metrics.F1.tp"]
 )
 def test_losses_and_metrics_next_to_a_model_are_left_out(name, tmp_path):
     """As Lightning saves them: attributes of the module that trains."""

@@ -231,7 +231,7 @@ def test_numpy_archives_next_to_weights_are_not_fetched(hub):
 
 def test_a_repository_without_weights_names_its_files(hub):
     hub(["model.gguf", "optimizer.bin"], cached="/earlier")
-    with pytest.raises(InputError, match=r"^hf:org/name: the repository has no weights .*; it has model.gguf, optimizer"):
+    with pytest.raises(InputError, match=r"^hf:org/name: the repository has no weights .*; it has model\.gguf, "):
         locate("hf:org/name")
     hub(["adapter_config.json", "adapter_model.safetensors"])
     assert locate("hf:org/name") == Path("/cache")  # opening it says what to do with an adapter
