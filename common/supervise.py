@@ -30,7 +30,7 @@ def supervise(command: Sequence[str], tries: int, pause: float, sleep: Callable[
     five minutes, and gives up after `tries` crashes between which no training state was saved (in the folder that the
     command's `--run` names). SIGTERM and SIGINT go to the command, which is then not started again.
     """
-    run, crashes, where = run_folder(command), 0, None
+    run, crashes, seen = run_folder(command), 0, set[str]()
     while True:
         code, asked = _once(command)
         if code == Exit.DONE:
@@ -43,9 +43,10 @@ def supervise(command: Sequence[str], tries: int, pause: float, sleep: Callable[
             print(f"heirloom supervise: stopped gracefully ({Exit.STOPPED:d}), starting again", flush=True)
             crashes = 0
             continue
-        now = last_state(run)
-        crashes, where = (crashes + 1 if now == where else 1), now
-        at = f"after the state {now}" if now else "before the first state"
+        saved = states(run)
+        crashes = crashes + 1 if seen.issuperset(saved) else 1
+        seen.update(saved)
+        at = f"after the state {saved[-1]}" if saved else "before the first state"
         if crashes >= tries:
             return Ended(code, f"{crashes} crashes {at}, the last with exit code {code}: see its output above")
         wait = min(LONGEST, pause * 2 ** (crashes - 1))
@@ -69,13 +70,22 @@ def _local(run: str) -> Path:
     return copy_of_run(found) if isinstance(found, Address) else found
 
 
-def last_state(run: Path | None) -> str:
-    """Returns the newest training state below a run folder, such as `stage_1/checkpoints/3000`; empty without any."""
+def states(run: Path | None) -> list[str]:
+    """Lists the training states below a run folder, such as `stage_1/checkpoints/3000`, the newest last.
+
+    By the time they were written: parts of a run have names of any order (`teacher` is trained before `gene-sws`).
+    """
     if run is None:
-        return ""
+        return []
     found = [path for path in run.rglob("checkpoints/*") if path.name.isdecimal()]
-    newest = max(found, key=lambda path: (str(path.parent), int(path.name)), default=None)
-    return str(newest.relative_to(run)) if newest else ""
+    return [str(path.relative_to(run)) for path in sorted(found, key=_written)]
+
+
+def _written(state: Path) -> tuple[int, int]:
+    try:
+        return state.stat().st_mtime_ns, int(state.name)
+    except OSError:  # removed by another process of the job
+        return 0, int(state.name)
 
 
 def _once(command: Sequence[str]) -> tuple[int, bool]:

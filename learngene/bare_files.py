@@ -18,6 +18,7 @@ _TLEG_DEPTH = 12
 _NOT_STORED = "the weights do not contain it"
 # Names of facebookresearch's deit and dinov2, as patterns, and timm's.
 _ORIGINAL = {
+    r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",  # in chunks, in which a block keeps its number
     r"\.gamma_([12])$": r".ls\1.gamma",
     r"^register_tokens$": "reg_token",
     r"\.mlp\.w12\.": ".mlp.fc1.",

@@ -20,12 +20,7 @@ _WITH_HEAD = (VIT, DEIT, DINO, REGISTERS)
 def write(cfg: VitConfig, folder: Path) -> None:
     """Write transformers' config.json. Raises InputError, with nothing written, for a model it has no class for."""
     ordinary(cfg, "hf")
-    if cfg.pool in ("norm_mean", "mean_norm"):
-        raise InputError(
-            "transformers' ViT puts a class token in front and classifies it, this model averages patches: no file of"
-            " it computes the same. Write --to timm, which transformers reads through its timm wrapper, or train with"
-            " tokens 'cls' and pool 'cls'"
-        )
+    _refuse_averages(cfg)
     model = model_of(cfg)
     has = _parts(cfg, model)
     for name in (*_CHECKED, *cfg.options):
@@ -48,11 +43,21 @@ def write(cfg: VitConfig, folder: Path) -> None:
 
 def write_flax(cfg: VitConfig, folder: Path) -> None:
     """Write the config.json of transformers' Flax ViT. Raises InputError as `write`, and for all but its classifier."""
+    _refuse_averages(cfg)
     model = model_of(cfg)
     if model is not VIT or not cfg.classes:
         why = "transformers had no Flax DeiT" if model is DEIT else "of Flax, only a ViT that classifies is written"
         raise InputError(f"{why}: write this model --to hf, or keep the heirloom format")
     write(cfg, folder)
+
+
+def _refuse_averages(cfg: VitConfig) -> None:
+    if cfg.pool in ("norm_mean", "mean_norm"):
+        raise InputError(
+            "transformers' ViT puts a class token in front and classifies it, this model averages patches: no file of"
+            " it computes the same. Write --to timm, which transformers reads through its timm wrapper, or train with"
+            " tokens 'cls' and pool 'cls'"
+        )
 
 
 def _parts(cfg: VitConfig, model: Model) -> dict[str, Any]:

@@ -13,7 +13,23 @@ from heirloom.common.checkpoint.weights import Tensors
 from heirloom.common.errors import InputError, remark
 from heirloom.common.nn.mlp import HF_ACTIVATIONS
 from heirloom.common.vit.model import VitConfig
-from learngene.hf_models import CLIP, DEIT, DINO, MAE, MODELS, REGISTERS, SIGLIP, VIT, Model, prefix_of
+from learngene.hf_models import (
+    CLASSIFIERS,
+    CLIP,
+    CLIP_CLASSIFIER,
+    DEIT,
+    DINO,
+    MAE,
+    MODELS,
+    REGISTERS,
+    SIGLIP,
+    SIGLIP_CLASSIFIER,
+    TOWERS,
+    VIT,
+    Model,
+    model_of,
+    prefix_of,
+)
 
 _BLOCKS = re.compile(
     r"(.*\.)?encoder\.layer\.0\.(layernorm_before|norm1)\.weight"
@@ -35,6 +51,9 @@ _DEFAULTS: dict[Model, dict[str, Any]] = {
     SIGLIP: dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
     CLIP: dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
 }
+_DEFAULTS |= {CLIP_CLASSIFIER: _DEFAULTS[CLIP], SIGLIP_CLASSIFIER: _DEFAULTS[SIGLIP]}
+# What these classifiers have from the tower and do not use: they average patches.
+_NOT_USED = {CLIP_CLASSIFIER: "post_layernorm.", SIGLIP_CLASSIFIER: "head."}
 # Other models of transformers whose blocks have the same names.
 _OTHERS = {
     "audio-spectrogram-transformer": "an Audio Spectrogram Transformer (AST)",
@@ -67,9 +86,12 @@ def read(found: Found) -> Read | None:
     expected = _class(model, tensors)
     fields.fixed("architectures", [expected], [], None, feature="not the class that has these tensors")
     fields.transformers()
-    cfg, readers = _sizes(fields, model), {DINO: _dinov2, REGISTERS: _dinov2, CLIP: _clip, SIGLIP: _siglip}
-    cfg |= readers.get(model, _vit)(fields, tensors, cfg, model)
-    fields.done()
+    sizes = _tower_fields(fields) if model in CLASSIFIERS else fields
+    readers = {DINO: _dinov2, REGISTERS: _dinov2, CLIP: _clip, SIGLIP: _siglip} | dict.fromkeys(CLASSIFIERS, _averaged)
+    cfg = _sizes(sizes, model)
+    cfg |= readers.get(model, _vit)(sizes, tensors, cfg, model)
+    for part in (sizes, fields):
+        part.done()
     classes = cfg.get("classes", 0)
     if classes and (labels := fields.integer("num_labels", None, least=0)) is not None:
         fields.agree("num_labels", labels, classes)
@@ -105,9 +127,12 @@ def _class(model: Model, tensors: Tensors) -> str:
     keys = {_PREFIX.sub("", key) for key in tensors}
     tower = "embeddings.patch_embedding.weight" in keys
     dino = "encoder.layer.0.layer_scale1.lambda1" in keys
-    if tower != (model in (CLIP, SIGLIP)) or dino != (model in (DINO, REGISTERS)):
+    if tower != (model in TOWERS) or dino != (model in (DINO, REGISTERS)):
         needed = "take the config.json of these weights"
         raise InputError(f"model_type is {model.kind!r}, and the tensors are not: {needed}")
+    if model in CLASSIFIERS and "classifier.weight" not in keys:
+        needed = f"take the config.json of the tower alone ({model.kind}_vision_model)"
+        raise InputError(f"model_type is {model.kind!r}, and there is neither a text tower nor a classifier: {needed}")
     if model is DEIT and "distillation_classifier.weight" in keys:
         return f"{model.headed}WithTeacher"
     heads = {MAE: "decoder.decoder_embed.weight", CLIP: "visual_projection.weight"}
@@ -188,6 +213,22 @@ def _siglip(fields: Fields, tensors: Tensors, cfg: Mapping[str, Any], model: Mod
     return dict(tokens="none", pool="map", classes=0)
 
 
+def _tower_fields(fields: Fields) -> Fields:
+    """The config of the image tower in that of a CLIP or a SigLIP with both towers."""
+    fields.skip("text_config", "projection_dim", "logit_scale_init_value", "initializer_factor")
+    tower = fields.object("vision_config")
+    tower.transformers()
+    tower.skip("model_type", "projection_dim", "vision_use_head")
+    return tower
+
+
+def _averaged(fields: Fields, tensors: Tensors, cfg: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """An image tower that classifies the mean of its patches: CLIP's before its last norm, SigLIP's after it."""
+    clip = model is CLIP_CLASSIFIER
+    parts = dict(tokens="cls" if clip else "none", pre_norm=clip, final_norm=not clip)
+    return parts | dict(pool="norm_mean", classes=len(tensors["classifier.weight"]))
+
+
 def _qkv_bias(fields: Fields, tensors: Tensors) -> bool:
     said = fields.boolean("qkv_bias", True)
     has = any(key.endswith("encoder.layer.0.attention.attention.query.bias") for key in tensors)
@@ -203,7 +244,8 @@ def complete(cfg: VitConfig, tensors: Tensors) -> Tensors:
     out: Tensors = {}
     for key, value in tensors.items():
         name = _PREFIX.sub("", key)
-        unused = name == _UNUSED or (name.startswith("pooler.") and not cfg.pooler)
+        unused = name.startswith(_NOT_USED.get(model_of(cfg), _UNUSED))
+        unused |= name == _UNUSED or (name.startswith("pooler.") and not cfg.pooler)
         if unused or any(fnmatchcase(key, glob) for glob in _LEFT_OUT):
             continue
         whole = name.split(".")[0] in ("embeddings", "encoder", "layernorm", "post_layernorm", "pre_layrnorm", "pooler")

@@ -10,7 +10,18 @@ import numpy as np
 from heirloom.common.surgery.layout import Layout
 from heirloom.common.vit.layouts import PATCH, Rows, module, packed, positions, stem
 from heirloom.common.vit.model import VitConfig
-from learngene.hf_models import CLIP, DEIT, DINO, REGISTERS, SIGLIP, VIT, model_of, prefix_of
+from learngene.hf_models import (
+    CLIP,
+    CLIP_CLASSIFIER,
+    DEIT,
+    DINO,
+    REGISTERS,
+    SIGLIP,
+    SIGLIP_CLASSIFIER,
+    VIT,
+    model_of,
+    prefix_of,
+)
 
 _ATTENTION = {f"attn/{name}": f"attention.attention.{name}" for name in ("query", "key", "value")}
 _ATTENTION |= {"attn/out": "attention.output.dense"}
@@ -31,6 +42,7 @@ _PACKED = ("in_proj_weight", "in_proj_bias")
 def hf(cfg: VitConfig) -> Layout:
     """Layout of transformers' model for this config."""
     rows = {VIT: _encoder, DEIT: _encoder, DINO: _dinov2, REGISTERS: _dinov2, CLIP: _clip, SIGLIP: _siglip}
+    rows |= {CLIP_CLASSIFIER: _clip, SIGLIP_CLASSIFIER: _siglip}
     model, prefix = model_of(cfg), prefix_of(cfg)
     # A DINOv2 with registers always has a mask token; in reading, any is left out.
     mask = {f"{prefix}embeddings.mask_token": np.zeros((1, cfg.width), np.float32)} if model is REGISTERS else {}
@@ -109,6 +121,7 @@ def _tower(cfg: VitConfig, prefix: str) -> Rows:
         *positions(cfg, f"{prefix}embeddings.position_embedding.weight", batch=""),
         *_modules("blocks", f"{prefix}encoder.layers.{{layer}}", _TOWER),
         *module("norm", f"{prefix}post_layernorm"),
+        *module("head", "classifier"),
     )
 
 
@@ -123,10 +136,10 @@ def _clip(cfg: VitConfig, prefix: str) -> Rows:
 
 def _siglip(cfg: VitConfig, prefix: str) -> Rows:
     head = f"{prefix}head"
-    return (
-        *_tower(cfg, prefix),
-        ("patch/project/bias", f"{prefix}embeddings.patch_embedding.bias"),
+    pool = (
         ("pool/latent", f"{head}.probe", "1 1 embed"),
         *packed(("pool/attn/query", "pool/memory/key", "pool/memory/value"), f"{head}.attention", *_PACKED),
         *_modules("pool", head, _POOL),
     )
+    bias = ("patch/project/bias", f"{prefix}embeddings.patch_embedding.bias")
+    return (*_tower(cfg, prefix), bias, *(pool if cfg.pool == "map" else ()))

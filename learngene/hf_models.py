@@ -31,15 +31,22 @@ REGISTERS = Model(
 )
 CLIP = Model("clip_vision_model", "CLIPVisionModel", "vision_model", "CLIPVisionModelWithProjection")
 SIGLIP = Model("siglip_vision_model", "SiglipVisionModel", "vision_model")
-MODELS = {model.kind: model for model in (VIT, DEIT, MAE, DINO, REGISTERS, CLIP, SIGLIP)}
+# Classifiers made of an image tower alone, whose config is that of both towers: read, not written.
+CLIP_CLASSIFIER = Model("clip", "CLIPModel", "vision_model", "CLIPForImageClassification")
+SIGLIP_CLASSIFIER = Model("siglip", "SiglipModel", "vision_model", "SiglipForImageClassification")
+CLASSIFIERS = (CLIP_CLASSIFIER, SIGLIP_CLASSIFIER)
+TOWERS = (*CLASSIFIERS, CLIP, SIGLIP)
+MODELS = {model.kind: model for model in (VIT, DEIT, MAE, DINO, REGISTERS, *TOWERS)}
 
 
 def model_of(cfg: VitConfig) -> Model:
-    """The model of transformers that has the parts of this config, and as which it is written."""
+    """The model of transformers that has the parts of this config, and as which it is written if it can be."""
     if cfg.pool == "map":
         return SIGLIP
     if cfg.pre_norm:
-        return CLIP
+        return CLIP_CLASSIFIER if cfg.pool == "norm_mean" and not cfg.final_norm else CLIP
+    if cfg.pool == "norm_mean" and cfg.tokens == "none":
+        return SIGLIP_CLASSIFIER
     if cfg.layer_scale:
         return REGISTERS if cfg.registers else DINO
     return DEIT if cfg.tokens == "cls+dist" else VIT
@@ -55,4 +62,4 @@ def class_of(cfg: VitConfig) -> str:
 def prefix_of(cfg: VitConfig) -> str:
     """What the names of the tensors begin with: `vit.` of a classifier, `vision_model.` of every image tower."""
     model = model_of(cfg)
-    return f"{model.prefix}." if cfg.classes or model in (CLIP, SIGLIP) else ""
+    return f"{model.prefix}." if cfg.classes or model in TOWERS else ""

@@ -28,6 +28,7 @@ _OF_TRANSFORMERS = {
     "vit": (INCEPTION, "that of Google's ViTs"),
     "siglip": (replace(INCEPTION, interpolation="bicubic"), "SigLIP's own"),
     "siglip_vision_model": (replace(INCEPTION, interpolation="bicubic"), "SigLIP's own"),
+    "clip": (CLIP, "CLIP's own"),
     "clip_vision_model": (CLIP, "CLIP's own"),
 }
 

@@ -9,6 +9,7 @@ import numpy as np
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.data.preprocess import FILTERS, Mode, Preprocess
 from heirloom.common.errors import InputError
+from heirloom.common.vit import timm_architectures
 
 _SIZES = ("num_heads", "patch_size", "embed_dim", "depth", "mlp_ratio")
 _PLAIN = (bool, int, float, str, list, tuple)
@@ -48,26 +49,37 @@ def trained_as(about: Mapping[str, Any]) -> Trained:
 
 
 def preprocessing(about: Mapping[str, Any], pre: Preprocess, whose: str) -> tuple[Preprocess, str]:
-    """The preprocessing of pictures in timm's arguments, and whose it is; what they leave open is that of `pre`.
+    """The preprocessing of pictures in timm's arguments, and whose it is.
 
-    Raises InputError for values that are not supported.
+    What they leave open is that of `pre`; in a file of timm's own trainer, timm's for the architecture. Raises
+    InputError for values that are not supported.
     """
     args = _arguments(about)
+    usual = _of_timms_trainer(about)
+    whose = f"timm's for {about['arch']}" if usual else whose
     given = {name: _one(args, name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     # One number is of something else: the standard deviation of initial weights, say.
     listed = {name: isinstance(value, list | tuple) or name not in ("mean", "std") for name, value in given.items()}
     given = {name: value for name, value in given.items() if value is not None and listed[name]}
-    if not given:
-        return pre, whose
-    fields = Fields(given, "the trainer's arguments next to the tensors")
+    fields = Fields({**usual, **given}, "the trainer's arguments next to the tensors")
     modes: dict[str, Mode] = {"center": "shortest", "squash": "squash", pre.mode: pre.mode}
     mean, std = (fields.numbers("mean", pre.mean, length=3), fields.numbers("std", pre.std, length=3, above=0))
     interpolation = fields.choice("interpolation", {name: name for name in FILTERS}, pre.interpolation)
     mode = fields.choice("crop_mode", modes, pre.mode)
     found = replace(pre, mean=mean, std=std, interpolation=interpolation, mode=mode)  # type: ignore[arg-type]
-    if "crop_pct" in given:
+    if "crop_pct" in fields:
         found = found.cropped(fields.number("crop_pct", above=0, most=1))
-    return found, f"{whose}, with {', '.join(given)} of {fields.where},"
+    return found, f"{whose}, with {', '.join(given)} of {fields.where}," if given else whose
+
+
+def _of_timms_trainer(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The preprocessing that timm's trainer uses where its arguments set none; empty for another trainer's file.
+
+    DeiT's and MAE's trainers normalise by ImageNet's numbers, though their models have timm's names; only timm's saves
+    the name as `arch`, too.
+    """
+    name = about.get("arch")
+    return timm_architectures.preprocessing(name) if name and name == _arguments(about).get("model") else {}
 
 
 def _arguments(about: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.checkpoint.flax_files import as_torch
-from heirloom.common.checkpoint.unwrap import clean_names, open_weights
+from heirloom.common.checkpoint.names import clean_names
+from heirloom.common.checkpoint.unwrap import open_weights
 from heirloom.common.checkpoint.verify import (
     OWN,
     RENAMED,

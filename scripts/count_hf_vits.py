@@ -27,6 +27,7 @@ DINO = SIZES | dict(mlp_ratio=2, layer_norm_eps=1e-3)
 MAE = VIT | dict(decoder_hidden_size=16, decoder_num_attention_heads=2, decoder_num_hidden_layers=1)
 MAE |= dict(decoder_intermediate_size=16)
 CLASSES = dict(num_labels=5)
+BOTH = CLASSES | dict(vision_config=VIT, text_config=dict(hidden_size=16, num_attention_heads=2, vocab_size=64))
 # The class, its config, and further arguments of the class.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ViTModel": ("ViT", VIT),
@@ -44,9 +45,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "SiglipVisionModel": ("SiglipVision", VIT),
     "CLIPVisionModel": ("CLIPVision", VIT | dict(hidden_act="gelu")),
     "CLIPVisionModelWithProjection": ("CLIPVision", VIT | dict(projection_dim=12)),
+    "SiglipForImageClassification": ("Siglip", BOTH),
+    "CLIPForImageClassification": ("CLIP", BOTH),
     "ViTMAEModel": ("ViTMAE", MAE),
     "ViTMAEForPreTraining": ("ViTMAE", MAE),
 }
+ONLY_READ = ("SiglipForImageClassification", "CLIPForImageClassification")
 
 
 def save(case: str, folder: Path) -> torch.nn.Module:
@@ -69,13 +73,15 @@ def row(case: str, folder: Path) -> str:
     """A line of the table. Raises VerificationError where outputs differ."""
     save(case, folder / "theirs")
     there = convert(open_donor(folder / "theirs", [FAMILY]), folder / "ours", "heirloom")
-    back = convert(open_donor(folder / "ours", [FAMILY]), folder / "back", "hf")
+    back, written = there, "not written"
+    if case not in ONLY_READ:
+        back = convert(open_donor(folder / "ours", [FAMILY]), folder / "back", "hf")
+        written = f"`{read_json(folder / 'back' / 'config.json')['architectures'][0]}`"
     for check in (there, back):
         assert check.reference == "transformers" and check.max_error is not None, check.sentence()
-    written = read_json(folder / "back" / "config.json")["architectures"][0]
     error = max(there.max_error or 0, back.max_error or 0)
     name, _, variant = case.partition(" ")
-    return f"| `{name}`{f' {variant}' if variant else ''} | `{written}` | {error:.1e} |"
+    return f"| `{name}`{f' {variant}' if variant else ''} | {written} | {error:.1e} |"
 
 
 def main() -> None:

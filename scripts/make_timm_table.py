@@ -1,4 +1,5 @@
-"""Write common/vit/timm_architectures.json: what timm's function of each ViT's name passes to which class.
+"""Write common/vit/timm_architectures.json: what timm's function of each ViT's name passes to which class, and the
+preprocessing that timm's trainer uses for that name.
 
     python scripts/make_timm_table.py                  # needs the extra `parity`, and timm without its dependencies
 
@@ -22,7 +23,7 @@ with installed():
     import timm
     from timm.layers import SwiGLUPacked, get_act_layer
     from timm.models import beit, deit, eva, vision_transformer, vision_transformer_hybrid, vision_transformer_relpos
-    from timm.models._registry import _model_entrypoints
+    from timm.models._registry import _deprecated_models, _model_default_cfgs, _model_entrypoints
 
 FILE = Path(__file__).parents[1] / "common" / "vit" / "timm_architectures.json"
 PREFIXES = ("vit_", "deit", "beit", "flexivit")
@@ -38,6 +39,7 @@ OTHERS = (
     "pretrained_cfg_overlay",
     "cache_dir",
 )
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 class Stop(Exception):
@@ -81,6 +83,16 @@ def told(name: str, value: Any) -> Any:
     return getattr(value.func if isinstance(value, partial) else value, "__name__", repr(value))
 
 
+def preprocessing(name: str) -> dict[str, dict[str, Any]]:
+    """timm's preprocessing of an architecture, by its name; of a tag with another one by `name.tag`, too."""
+    current, _, tag = _deprecated_models.get(name, name).partition(".")
+    known = _model_default_cfgs[current]
+    fields = {tag: {field: getattr(cfg, field) for field in PREPROCESSING} for tag, cfg in known.cfgs.items()}
+    default = fields.get(tag, fields[known.tags[0]])
+    others = {f"{name}.{tag}": values for tag, values in fields.items() if values != default}
+    return {name: default} | (others if current == name else {})
+
+
 def main() -> None:
     table = {}
     for name in sorted(name for name in _model_entrypoints if name.startswith(PREFIXES)):
@@ -89,8 +101,14 @@ def main() -> None:
             for key, value in table[name].items():
                 if key != "class" and isinstance(value, int | float):
                     assert architecture(name, **{key: value + 1})[key] == value + 1, (name, key)
+    names: dict[str, list[str]] = {}
+    for architecture_ in (name for name, args in table.items() if args["class"] in CLASSES):
+        for name, values in preprocessing(architecture_).items():
+            names.setdefault(json.dumps(values), []).append(name)
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(args)}" for name, args in table.items())
-    FILE.write_text(f'{{\n  "timm": "{timm.__version__}",\n  "architectures": {{\n{lines}\n  }}\n}}\n')
+    shared = ",\n".join(f'    {{"fields": {values}, "of": {json.dumps(of)}}}' for values, of in names.items())
+    parts = f'"architectures": {{\n{lines}\n  }},\n  "preprocessing": [\n{shared}\n  ]'
+    FILE.write_text(f'{{\n  "timm": "{timm.__version__}",\n  {parts}\n}}\n')
     print(f"{FILE}: {len(table)} architectures of timm {timm.__version__}")
 
 

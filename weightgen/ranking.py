@@ -25,6 +25,7 @@ EMBEDDING = re.compile(
 EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 BARE = re.compile(r"(\w+|decoder\.layers)\.\d+\.")  # saved without the head, which puts a prefix before the layers
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")  # a file with each expert in a tensor of its own
+WEIGHT = re.compile(r"(^|_)(weight|kernel)$|^w$")  # last part of a name: also in_proj_weight of torch, and w of Haiku
 # May hold -inf, and no weights.
 BUFFER = re.compile(r"mask$|attn\.(masked_)?bias$|inv_freq$|(cos|sin)_cached$|position_ids$")
 
@@ -62,9 +63,9 @@ def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
     kind: the name without its layer number, as Spectrum keeps a share of each kind. Fused experts [expert, in, out] are
     ranked one by one, as "name@expert". Packed projections (gpt2's c_attn, phi's qkv_proj, a gate_up_proj) are ranked
     as the one matrix they are stored as; a transposed one, as gpt2's Conv1D keeps it, has the same singular values.
-    Embeddings, vectors (norms and biases), buffers and matrices with a side below `least` are left out, and a warning
-    says which. Raises InputError for quantised weights, for adapters, for NaN or infinity anywhere but in a mask, and
-    when no matrix is left.
+    Embeddings, vectors (norms and biases), buffers, parameters of no layer (a Mamba's A_log) and matrices with a side
+    below `least` are left out, and a warning says which. Raises InputError for quantised weights, for adapters, for NaN
+    or infinity anywhere but in a mask, and when no matrix is left.
     """
     refuse_quantised(tensors)
     if adapter := next((name for name in tensors if has_adapters({name: tensors[name]})), None):
@@ -97,19 +98,21 @@ def _kind(name: str) -> str:
 
 def _left_out(name: str, tensor: np.ndarray, least: int) -> str:
     """Give the reason why a tensor is not ranked, or an empty string."""
-    parts = re.split(r"[/.@]", name)
+    parts = [part for part in re.split(r"[/.@]", name) if not part.isdigit()] or [name]
+    weight = WEIGHT.search(parts[-1])
     if parts[-1] in ("weight", "kernel") and len(parts) > 1:
         parts = parts[:-1]
-    owner = next((part for part in reversed(parts) if not part.isdigit()), "")
     if np.dtype(tensor.dtype).kind in "iubc" or BUFFER.search(name):
         return "buffers"
-    if EMBEDDING.search(owner):
+    if EMBEDDING.search(parts[-1]):
         return "embeddings"
     if tensor.ndim < 2 or parts[-1].endswith("bias"):
         return "norms, biases and other vectors"
     stacked = tensor.ndim == 3 and EXPERTS.search(name)
     if tensor.ndim > 2 and not stacked:
         return f"tensors of {tensor.ndim} axes"
+    if not (weight or stacked):
+        return "parameters that are no weight of a layer"
     return f"matrices with a side below {least}" if min(tensor.shape[-2:]) < least else ""
 
 

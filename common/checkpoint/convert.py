@@ -17,16 +17,10 @@ from safetensors.numpy import save_file
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.family import Donor, Family, Format, Found, Read
 from heirloom.common.checkpoint.flax_files import SUFFIX, write_flax
+from heirloom.common.checkpoint.names import clean_names, without_common
 from heirloom.common.checkpoint.quantized import quantized_views
 from heirloom.common.checkpoint.staging import staged
-from heirloom.common.checkpoint.unwrap import (
-    Weights,
-    clean_names,
-    open_weights,
-    weights_files,
-    without_common,
-    write_torch,
-)
+from heirloom.common.checkpoint.unwrap import Weights, open_weights, weights_files, write_torch
 from heirloom.common.checkpoint.verify import OWN, RENAMED, UNQUANTIZED, Check, copy_companions, guarded
 from heirloom.common.checkpoint.weights import FILE, Tensors, read_json, write_json
 from heirloom.common.errors import InputError, Remark, VerificationError, nearest, remark
@@ -140,7 +134,10 @@ def _opened(
         raise InputError(f"{file}: {error}") from error
     model = _model(family, cfg, file)
     layout = format.layout_of(cfg)
-    views = layout.view(tensors, model.spec, str(file))
+    try:
+        views = layout.view(tensors, model.spec, str(file))
+    except InputError as error:
+        raise InputError("; ".join((str(error), *raw.notes))) from error
     layout.check_values(tensors, model.spec, str(file))
     origin = {p: f"{file.name}:{key}" for p, key in layout.keys(model.spec).items()}
     source = Source(_as_stored(model.spec, views), views, origin)

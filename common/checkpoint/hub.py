@@ -9,14 +9,11 @@ from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
-from heirloom.common.checkpoint.unwrap import NO_WEIGHTS
+from heirloom.common.checkpoint.unwrap import KINDS, NO_WEIGHTS, NOTHING
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.fetch import fetch, fetch_folder
 from heirloom.common.paths import Address, place
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
-_FLAX = ("*.msgpack", "*.msgpack.index.json")
 _OTHER = ("*.json", "*.txt", "*.model")
 _SIDECARS = (".json", ".txt", ".model")
 
@@ -48,6 +45,8 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
     try:
         wanted = _wanted(HfApi().list_repo_files(name, revision=revision or None), folder)
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted)) / folder
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
     except (
         Exception
     ) as error:  # the hub's client raises its own errors, httpx's and OSError: all mean that the download failed
@@ -75,7 +74,8 @@ def _wanted(files: list[str], place: str) -> list[str]:
     """Returns patterns of the files to fetch. place: a folder of the repository, empty for all, or a file, with which
     the sidecar files next to it are fetched.
 
-    Of each folder pickles only where it has no safetensors, Flax's files only where it has neither.
+    Of each folder the first of `KINDS`. Numpy's archives, which may hold anything, only where no folder has another
+    kind. Raises InputError for a repository without weights.
     """
     if place in files:
         folder = place.rpartition("/")[0]
@@ -89,9 +89,14 @@ def _wanted(files: list[str], place: str) -> list[str]:
             inside.setdefault(file.rpartition("/")[0], []).append(file)
     if place and not inside:
         raise InputError(f"the repository has no file or folder {place!r}")
-    kinds = {folder: kind for folder, names in inside.items() if (kind := _kind(names))}
+    found = {folder: kind for folder, names in inside.items() if (kind := _kind(names))}
+    kinds = {folder: kind for folder, kind in found.items() if kind != KINDS[-1]} or found
+    names = [name for names in inside.values() for name in names]
+    if not kinds and not any(name.endswith("adapter_config.json") for name in names):  # which is refused when opened
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        raise InputError(f"the repository has {NOTHING}; it has {', '.join(names[:8]) or 'no files'}{more}")
     if len(set(kinds.values())) <= 1:
-        patterns = (*next(iter(kinds.values()), _FLAX), *_OTHER)
+        patterns = (*next(iter(kinds.values()), ()), *_OTHER)
         return [f"{place}/{pattern}" if place else pattern for pattern in patterns]
     wanted = ((f, (*kinds.get(folder, ()), *_OTHER)) for folder, names in inside.items() for f in names)
     return [escape(f) for f, patterns in wanted if any(fnmatchcase(f, pattern) for pattern in patterns)]
@@ -100,8 +105,7 @@ def _wanted(files: list[str], place: str) -> list[str]:
 def _kind(files: Sequence[str]) -> tuple[str, ...]:
     """Returns the patterns of the kind of weights to take from a folder with these files; none without weights."""
     models = [f for f in files if not NO_WEIGHTS.match(f.rpartition("/")[2])]
-    kinds = (_WEIGHTS, _PICKLES, _FLAX)
-    return next((kind for kind in kinds if any(fnmatchcase(f, one) for f in models for one in kind)), ())
+    return next((kind for kind in KINDS if any(fnmatchcase(f, one) for f in models for one in kind)), ())
 
 
 def _from_bucket(address: Address) -> Path:

@@ -20,8 +20,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from heirloom.common.checkpoint.flax_files import as_torch
+from heirloom.common.checkpoint.names import clean_names
 from heirloom.common.checkpoint.quantized import QuantizedView
-from heirloom.common.checkpoint.unwrap import clean_names, open_weights
+from heirloom.common.checkpoint.unwrap import open_weights
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import VerificationError
 from heirloom.common.nn.quantized import QArray

@@ -12,15 +12,20 @@ from PIL import Image, UnidentifiedImageError
 from heirloom.common.errors import InputError
 
 Picture = str | Path | bytes | np.ndarray | Image.Image
-"""A file, encoded bytes, a uint8 [height, width, 3] array, or a PIL image."""
+"""A file, encoded bytes, a uint8 [height, width, 3] array, or a PIL image; also an open file and an array of jax or
+torch.
+"""
 Background = Literal["none", "white"]
 BACKGROUNDS: tuple[Background, ...] = get_args(Background)
 
 
 def is_one(images: Any) -> bool:
-    """Returns whether this is one picture, and not several: a file, bytes, a PIL image, or an array of one picture."""
-    one = isinstance(images, str | Path | bytes | bytearray | Image.Image)
-    return one or (isinstance(images, np.ndarray) and images.ndim <= 3)
+    """Returns whether this is one picture, and not several: a file, bytes, a PIL image, or an array of one picture.
+
+    A dictionary counts as one, which `decode` refuses.
+    """
+    one = isinstance(images, str | Path | bytes | bytearray | Image.Image | Mapping) or hasattr(images, "read")
+    return one or (hasattr(images, "__array__") and np.ndim(images) in (2, 3))
 
 
 def several(images: Picture | Iterable[Picture]) -> list[Picture]:
@@ -43,10 +48,8 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
     dropping alpha, like transformers. Raises InputError, with the name of the file if there is one, when the picture
     cannot be read.
     """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise InputError(f"a picture array must be uint8 [h, w, 3], not {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
+    if hasattr(image, "__array__") and not isinstance(image, str | bytes | Image.Image):  # numpy's texts have it, too
+        image = _from_array(image)
     name = "this picture"
     try:
         if isinstance(image, str | Path):
@@ -57,8 +60,13 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
             picture = image
         elif isinstance(image, bytes | bytearray | memoryview):
             picture = Image.open(io.BytesIO(image))
+        elif hasattr(image, "read"):
+            file: Any = image
+            picture = Image.open(file)
         else:
             kind = type(image).__name__
+            if isinstance(image, Mapping):
+                kind = f"a dictionary ({', '.join(map(str, image))}): give one of its values"
             raise InputError(f"a picture must be a file name, bytes, a PIL image or a uint8 array, not {kind}")
         picture.load()
     except InputError:
@@ -77,6 +85,39 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
+
+
+def _from_array(given: Any) -> Image.Image:
+    try:
+        array = np.asarray(given)
+    except Exception as error:  # torch raises several types for tensors with gradients or on a device
+        why = " ".join(str(error).split())
+        raise InputError(f"an array of type {type(given).__name__} cannot be read as numpy's ({why})") from error
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        what = f"a picture array must be uint8 [h, w, 3], not {array.dtype} {list(array.shape)}"
+        steps = " and then ".join(_conversions(array))
+        raise InputError(f"{what}{': with numpy, a = ' * bool(steps)}{steps}")
+    return Image.fromarray(array)
+
+
+def _conversions(array: np.ndarray) -> list[str]:
+    """What to type to make a picture [h, w, 3] uint8 of an array `a` of pixels in another form; empty if unknown."""
+    first, last = array.shape[0] if array.ndim else 0, array.shape[-1] if array.ndim == 3 else 0
+    shapes = {
+        "np.stack([a] * 3, -1)": array.ndim == 2,
+        "np.repeat(a, 3, -1)": last == 1,
+        "a[..., :3]": last == 4,
+        "np.moveaxis(a, 0, -1)": last not in (0, 1, 3, 4) and first == 3,
+    }
+    steps = [step for step, fits in shapes.items() if fits]
+    if not (steps or last == 3) or array.dtype.kind not in "iuf" or not array.size:
+        return []
+    if array.dtype == np.uint8:
+        return steps
+    if not (array.min() >= 0 and array.max() <= 255):  # normalised, say
+        return []
+    share = array.dtype.kind == "f" and array.max() <= 1
+    return [*steps, "(255 * a).round().astype(np.uint8)" if share else "a.astype(np.uint8)"]
 
 
 def decode_record(record: Mapping[str, Any], background: Background = "none") -> Image.Image:

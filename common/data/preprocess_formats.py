@@ -96,12 +96,15 @@ def size_of(folder: Path) -> int | None:
 def write(pre: Preprocess, folder: Path, format: str) -> None:
     """Writes preprocessing in the file of a format; our file for formats without one.
 
-    No format can express the rounding of the crop's corner; transformers always composites on white.
+    No format can express the rounding of the crop's corner, and transformers always composites on white, which is
+    remarked.
     Raises InputError for settings that the format cannot express.
     """
     if pre.background != "none" and format in ("open_clip", "timm"):
         where = "composite transparent pictures yourself there"
         remark(f"{format} has no setting for background {pre.background!r}: {where}")
+    if pre.background == "none" and format in ("hf", "flax"):
+        remark("transformers puts transparent pictures on white, and this model drops alpha: convert them to RGB there")
     _WRITERS.get(format, lambda pre, folder: pre.save(folder))(pre, folder)
 
 
@@ -134,10 +137,10 @@ def _hf_file(folder: Path) -> _HfFile | None:
     else:
         return None
     given = given.with_defaults()
+    kind = _processor(folder, given)  # first: the fields of another processor would be called unknown
     for name in given:
         if name not in _HANDLED | _INERT and not name.startswith("_") and given.value(name) is not False:
             raise given.refusal(name, f"this processing is not supported{nearest(name, _HANDLED)}")
-    kind = _processor(folder, given)
     absent = "use the original's file"
     if kind is None:
         absent = "add it, or the image_processor_type that it depends on (CLIPImageProcessor)"

@@ -33,6 +33,9 @@ def refuse_other_parts(tensors: Tensors) -> None:
     for glob, part in _PARTS.items():
         if key := next((key for key in tensors if fnmatchcase(key, glob)), None):
             raise InputError(f"has {part} ({key}), which the ViT here does not have")
+    if key := next((key for key in tensors if re.match(r"head\.\d+\.", key)), None):
+        only = "only one linear layer, head.weight and head.bias, is read"
+        raise InputError(f"has a head of several layers ({key}): {only}; leave head.* out to get the backbone")
 
 
 def depth(tensors: Tensors, pattern: str) -> int:

@@ -53,6 +53,18 @@ def table() -> Mapping[str, Mapping[str, Any]]:
     return read_json(FILE)["architectures"]
 
 
+@lru_cache(maxsize=1)
+def _preprocessing() -> Mapping[str, Mapping[str, Any]]:
+    return {name: shared["fields"] for shared in read_json(FILE)["preprocessing"] for name in shared["of"]}
+
+
+def preprocessing(name: str) -> Mapping[str, Any]:
+    """Fields of timm's preprocessing (mean, std, interpolation, crop_pct, crop_mode) for a name in the table, which may
+    have a tag; empty for another name.
+    """
+    return _preprocessing().get(name) or _preprocessing().get(name.partition(".")[0], {})
+
+
 def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None) -> Fields:
     """Arguments with which timm builds a model for `settings`. Raises InputError for parts our ViT does not have.
 

@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
-from heirloom.common.supervise import last_state, run_folder, supervise
+from heirloom.common.supervise import run_folder, states, supervise
 
 
 def script(tmp_path: Path, codes: list[int], save: str = "") -> list[str]:
@@ -60,11 +61,22 @@ def test_a_signal_counts_as_128_and_its_number(tmp_path):
     assert ended.code == 137
 
 
-def test_the_newest_state_of_the_last_stage(tmp_path):
-    for name in ("stage_1/checkpoints/900", "stage_2/checkpoints/20", "stage_2/checkpoints/100", "stage_2/saved/101"):
+def test_a_state_of_any_part_of_a_run_begins_the_count_again(tmp_path):
+    """Parts are trained in an order that is not that of their names: stage_10 after stage_9, gene-sws after teacher."""
+    parts = ["teacher", "gene-sws", "stage_9", "stage_10"]
+    save = f'(run / {parts} [n] / "checkpoints" / "10").mkdir(parents=True)'
+    waits = []
+    ended = supervise(script(tmp_path, [1, 1, 1, 0], save), 2, 1.0, waits.append)
+    assert ended.code == 0 and waits == [1.0] * 3
+
+
+def test_the_newest_state_is_the_one_written_last(tmp_path):
+    names = ("stage_9/checkpoints/900", "stage_9/saved/901", "stage_10/checkpoints/20", "stage_10/checkpoints/100")
+    for time_, name in enumerate(names):
         (tmp_path / name).mkdir(parents=True)
-    assert last_state(tmp_path) == "stage_2/checkpoints/100"
-    assert last_state(tmp_path / "none") == last_state(None) == ""
+        os.utime(tmp_path / name, (time_, time_))
+    assert states(tmp_path) == [names[0], *names[2:]]
+    assert states(tmp_path / "none") == states(None) == []
     assert run_folder(["train", "--run=a/b"]) == run_folder(["--run", "a/b"]) == Path("a/b")
     assert run_folder(["train", "--run"]) is None
 

@@ -238,6 +238,7 @@ def test_a_conversion_says_each_guess_once_and_names_no_folder_that_goes_again(g
         ("blocks.0.mlp.fc1_g.weight", "has a gated MLP with a tensor of its own for the gate"),
         ("pre_logits.fc.weight", r"has a layer before the head \(pre_logits\)"),
         ("blocks.1.attn.lambda_q1", "has differential attention"),
+        ("head.2.weight", r"a head of several layers \(head\.2\.weight\): .*; leave head\.\* out to get the backbone"),
     ],
 )
 def test_parts_of_other_vits_are_named(golden, tmp_path, key, message):

@@ -107,6 +107,7 @@ def test_the_way_back_has_every_bit_every_key_and_every_field(name, tmp_path):
         ("siglip", dict(vision_use_head=False), r"vision_use_head is False \(an image tower without its pooling\)"),
         ("siglip", dict(hidden_act="relu"), "hidden_act is 'relu'"),
         ("siglip", dict(model_type="clip_vision_model"), "architectures is .*CLIPVisionModel"),
+        ("clip", dict(model_type="clip"), "model_type is 'clip', and there is neither a text tower nor a classifier"),
         ("clip", dict(projection_dim=16), "has shape"),
         ("clip", dict(patch_size=6), "has shape"),
         ("clip", dict(architectures=["CLIPVisionModel"]), "architectures is .*CLIPVisionModelWithProjection"),

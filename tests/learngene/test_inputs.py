@@ -178,3 +178,22 @@ def test_what_timms_trainer_saved_is_assumed(folder_of, tmp_path):
     torch.save(torch.load(file) | {"args": args}, file)
     read = preprocess_of(open_donor(tmp_path / "deit", [FAMILY]))
     assert read.pre == found and "interpolation, crop_pct of the trainer's arguments" in read.note
+
+
+def test_a_checkpoint_of_timms_own_trainer_has_timms_preprocessing():
+    """timm's trainer takes the architecture's numbers where its arguments set none; DeiT's and MAE's ImageNet's."""
+    unset = dict.fromkeys(("mean", "std", "crop_pct", "crop_mode"))
+
+    def read(name, arch=None, **args):
+        return preprocessing(dict(arch=arch, args=unset | dict(model=name) | args), IMAGENET.at(8), "ImageNet's")
+
+    pre, whose = read("vit_tiny_patch16_224", "vit_tiny_patch16_224")
+    assert pre == replace(IMAGENET.at(8), mean=(0.5,) * 3, std=(0.5,) * 3).cropped(0.9)
+    assert whose == "timm's for vit_tiny_patch16_224"
+    pre, whose = read("vit_tiny_patch16_224", "vit_tiny_patch16_224", std=[0.25], crop_mode="squash")
+    assert (pre.mean, pre.std, pre.mode, pre.resize) == ((0.5,) * 3, (0.25,) * 3, "squash", 8)
+    assert whose.startswith("timm's for vit_tiny_patch16_224, with std, crop_mode of the trainer's arguments next to")
+    assert read("vit_base_patch16_224.mae", "vit_base_patch16_224.mae")[0].mean == IMAGENET.mean  # a tag with another
+    assert read("vit_base_patch16_224.new", "vit_base_patch16_224.new")[0].mean[0] == 0.5
+    for other in (read("vit_tiny_patch16_224"), read("my_vit", "my_vit"), read("vit_tiny_patch16_224", "vit_small")):
+        assert other == (IMAGENET.at(8), "ImageNet's")

@@ -71,6 +71,7 @@ def test_names_of_the_original_repositories():
         "reg_token",
         "blocks.0.mlp.fc1.weight",
     ]
+    assert clean("blocks.2.11.norm1.weight") == "blocks.11.norm1.weight"  # in chunks
     assert clean("blocks.0.mlp.w3.bias") == "blocks.0.mlp.fc2.bias" and clean("norm.weight") == "norm.weight"
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import read_json
-from heirloom.common.errors import VerificationError
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.errors import InputError, VerificationError
 from heirloom.common.nn.functional import functional
 from learngene.verify import verify
 from learngene.zoo import FAMILY
@@ -52,6 +52,20 @@ def test_transformers_agrees_and_loads_what_is_written(case, saved, tmp_path):
     how = dict(add_pooling_layer=donor.cfg.pooler) if name == "ViTModel" else {}
     _, loaded = getattr(transformers, name).from_pretrained(tmp_path / "back", output_loading_info=True, **how)
     assert not loaded["missing_keys"] and not loaded["unexpected_keys"] and not loaded["mismatched_keys"]
+
+
+@pytest.mark.parametrize("case", ["SiglipForImageClassification", "CLIPForImageClassification"])
+def test_a_classifier_made_of_an_image_tower_averages_its_patches(case, saved, tmp_path):
+    donor = open_donor(saved(case)[0], [FAMILY])
+    check = convert(donor, tmp_path / "ours", "heirloom")
+    assert (check.passed, check.reference) == (True, "transformers") and 0 < check.max_error < 1e-5
+    assert (donor.cfg.pool, donor.cfg.classes) == ("norm_mean", 5)
+    with pytest.raises(InputError, match=r"no file of it computes the same\. Write --to timm"):
+        convert(open_donor(tmp_path / "ours", [FAMILY]), tmp_path / "back", "hf")
+    config = read_json(donor.folder / "config.json")
+    write_json(donor.folder / "config.json", config | dict(vision_config=config["vision_config"] | dict(new=1)))
+    with pytest.raises(InputError, match=r"config\.json: vision_config: the field 'new' \(1\) is not known here"):
+        open_donor(donor.folder, [FAMILY])
 
 
 def test_a_setting_that_is_read_wrongly_fails_the_verification(saved):

@@ -153,7 +153,7 @@ def test_label_names_go_there_and_back(write, tmp_path):
 
 def test_the_table_is_that_of_the_installed_timm():
     """What the functions of these names pass on has not changed since the table was written."""
-    from make_timm_table import architecture
+    from make_timm_table import architecture, preprocessing
 
     others = (
         "vit_base_patch16_gap_224",
@@ -163,6 +163,10 @@ def test_the_table_is_that_of_the_installed_timm():
     )
     for name in (TINY, *others):
         assert architecture(name) == timm_architectures.table()[name]
+        for tagged, fields in preprocessing(name).items():
+            assert dict(fields, mean=list(fields["mean"]), std=list(fields["std"])) == (
+                timm_architectures.preprocessing(tagged)
+            )
 
 
 def test_a_written_archive_loads_in_timms_reader_of_googles(drawn, tmp_path):

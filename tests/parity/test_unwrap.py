@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from heirloom.common.checkpoint.unwrap import clean_names, open_weights, weights_files
+from heirloom.common.checkpoint.names import clean_names
+from heirloom.common.checkpoint.unwrap import open_weights, weights_files
 from heirloom.common.errors import InputError
 
 torch = pytest.importorskip("torch")
@@ -156,6 +157,24 @@ def test_an_average_under_a_prefix_is_taken_and_its_twin_left(tmp_path):
     found = opened(tmp_path, both | {name: torch.tensor(7) for name in ("n_averaged", "initted", "step")})
     assert total(found) == (6, KEYS)
     assert "'ema_model.*' taken, and not 'model.*'" in found.notes
+
+
+@pytest.mark.parametrize(
+    "name", ["criterion.weight", "loss_fn.weight", "train_acc.confmat", "val_accuracy.tp", "test_metrics.F1.tp"]
+)
+def test_losses_and_metrics_next_to_a_model_are_left_out(name, tmp_path):
+    """As Lightning saves them: attributes of the module that trains."""
+    both = {f"model.{key}": value for key, value in MEAN.items()}
+    found = opened(tmp_path, {"state_dict": both | {name: torch.ones(2)}}, "last.ckpt")
+    assert total(found) == (6, KEYS)
+    assert found.notes[0] == f"{name} left out, a part of the training outside 'model.'"
+
+
+def test_another_part_next_to_a_model_is_named(tmp_path):
+    both = {f"model.{key}": value for key, value in MEAN.items()}
+    found = opened(tmp_path, {"state_dict": both | {"face.weight": torch.ones(2)}}, "last.ckpt")
+    assert sorted(found.tensors) == [*KEYS, "face.weight"]
+    assert found.notes == ("'model.' removed from the names of its tensors; outside of these: face.weight",)
 
 
 @pytest.mark.parametrize(("raw", "average"), [("net", "net_ema"), ("model", "ema_dit"), ("network", "network_avg")])

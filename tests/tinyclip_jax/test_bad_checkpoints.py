@@ -128,7 +128,7 @@ def test_a_folder_without_weights(hf, families):
     (hf / "model.safetensors").unlink()
     refused(hf, families, r"its tensors \(images, tokens, .*\) match no known model")  # expected.npz
     (hf / "expected.npz").unlink()
-    refused(hf, families, r"hf holds no weights \(no \.safetensors, \.bin, \.pt, \.pth, \.ckpt, \.npz or \.msgpack\)")
+    refused(hf, families, r"hf holds no weights \(no \.safetensors, \.bin, \.pt, .*, \.msgpack, \.npz\)")
 
 
 def test_tensors_of_no_known_model(tmp_path, families):

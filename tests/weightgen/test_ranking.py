@@ -132,6 +132,14 @@ def test_half_precision_ranks_as_its_numbers_do():
         assert rank({"w.weight": half})[0].snr == snr(half.astype(np.float32))
 
 
+def test_parameters_that_are_no_weight_of_a_layer_are_said_and_not_ranked():
+    names = ("mixer.A_log", "att.time_faaaa", "att.r_k", "vision_model.positional_embedding_vlm", "rel_pos_bias_table")
+    layers = ("mixer.x_proj.weight", "attn.in_proj_weight", "mlp/up/kernel", "h0/c_attn/w", "head.0.weight")
+    with pytest.warns(UserWarning, match=r"that are no weight of a layer: mixer\.A_log, att\.time_faaaa") as said:
+        found = rank({name: weights(32, 16) for name in (*names, *layers)})
+    assert {one.name for one in found} == set(layers) and len(said) == 1
+
+
 def test_spectrum_of_known_singular_values(rng):
     values = np.array([10.0, 4, 3, 2.5, 2, 1.5, 1, 0.5])
     left, right = (np.linalg.qr(rng.standard_normal((n, 8)))[0] for n in (8, 16))

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.flax_files import as_torch, open_flax
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.unwrap import open_tensors
+from heirloom.common.checkpoint.unwrap import KINDS, open_tensors
 from heirloom.common.checkpoint.verify import RENAMED, Check
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
@@ -202,8 +202,8 @@ def test_the_message_does_not_say_verified():
     ("files", "kinds"),
     [
         (["flax_model.msgpack", "config.json"], {"*.msgpack", "*.msgpack.index.json"}),
-        (["flax_model.msgpack", "pytorch_model.bin"], {"*.bin", "*.bin.index.json", "*.pt", "*.pth"}),
-        (["flax_model.msgpack", "model.safetensors"], {"*.safetensors", "*.safetensors.index.json"}),
+        (["flax_model.msgpack", "pytorch_model.bin"], set(KINDS[1])),
+        (["flax_model.msgpack", "model.safetensors"], {"*.safetensors", "*.safetensors.index*.json"}),
     ],
 )
 def test_flax_is_fetched_where_a_repository_has_nothing_else(files, kinds, monkeypatch, tmp_path):

@@ -216,6 +216,27 @@ def test_each_folder_of_a_repository_has_its_own_kind_of_weights(hub):
     assert asked[-1][2] == ["transformer/a.safetensors", "vae/a.bin", "vae/config.json"]
 
 
+@pytest.mark.parametrize("file", ["vit.npz", "last.ckpt", "checkpoint.pth.tar", "best.th"])
+def test_every_file_that_can_be_opened_is_fetched(file, hub):
+    asked = hub([file, "README.md", "config.json"])
+    locate("hf:org/name")
+    assert any(Path(file).match(pattern) for pattern in asked[-1][2])
+
+
+def test_numpy_archives_next_to_weights_are_not_fetched(hub):
+    asked = hub(["model.safetensors", "statistics/fid.npz"])
+    locate("hf:org/name")
+    assert asked[-1][2][:2] == ["*.safetensors.index*.json", "*.safetensors"]
+
+
+def test_a_repository_without_weights_names_its_files(hub):
+    hub(["model.gguf", "optimizer.bin"], cached="/earlier")
+    with pytest.raises(InputError, match=r"^hf:org/name: the repository has no weights .*; it has model\.gguf, "):
+        locate("hf:org/name")
+    hub(["adapter_config.json", "adapter_model.safetensors"])
+    assert locate("hf:org/name") == Path("/cache")  # opening it says what to do with an adapter
+
+
 def test_without_a_network_the_cache_serves_or_one_line_says_so(hub):
     hub(None, cached="/earlier")
     assert locate("hf:org/name") == Path("/earlier")

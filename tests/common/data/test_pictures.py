@@ -2,11 +2,12 @@ import io
 import struct
 import zlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from heirloom.common.data.pictures import decode, decode_record
+from heirloom.common.data.pictures import decode, decode_record, several
 from heirloom.common.errors import InputError
 
 
@@ -105,6 +106,59 @@ def test_what_does_not_decode_is_said():
         decode(7)
     with pytest.raises(InputError, match="is empty: 0 x 3 pixels"):
         decode(Image.new("RGB", (0, 3)))
+
+
+def test_an_open_file_is_one_picture(tmp_path):
+    buffer = io.BytesIO()
+    noise(5, 7, 3).save(buffer, "PNG")  # its position is the end
+    (tmp_path / "x.png").write_bytes(buffer.getvalue())
+    with open(tmp_path / "x.png", "rb") as file:
+        for opened in (buffer, file):
+            assert several(opened) == [opened]
+            np.testing.assert_array_equal(np.asarray(decode(opened)), np.asarray(noise(5, 7, 3)))
+
+
+def test_arrays_of_other_libraries_are_pictures():
+    pixels = np.asarray(noise(5, 7, 3))
+    for array in (jnp.asarray(pixels), np.ascontiguousarray(pixels)):
+        assert len(several(array)) == 1 and len(several(array[None])) == 1
+        np.testing.assert_array_equal(np.asarray(decode(several(array[None])[0])), pixels)
+    with pytest.raises(InputError, match=r"^b\.png: no such file"):
+        decode(several(np.array(["a.png", "b.png"]))[1])  # files, as a column of a table has them
+
+
+@pytest.mark.parametrize(
+    ("array", "steps"),
+    [
+        (lambda a: a / 255, ["(255 * a).round().astype(np.uint8)"]),
+        (lambda a: a.astype(np.float32), ["a.astype(np.uint8)"]),
+        (lambda a: a.astype(np.int64), ["a.astype(np.uint8)"]),
+        (lambda a: a.transpose(2, 0, 1), ["np.moveaxis(a, 0, -1)"]),
+        (lambda a: a.transpose(2, 0, 1) / 255, ["np.moveaxis(a, 0, -1)", "(255 * a).round().astype(np.uint8)"]),
+        (lambda a: np.concatenate([a, a[..., :1]], -1), ["a[..., :3]"]),
+        (lambda a: a[..., 0], ["np.stack([a] * 3, -1)"]),
+        (lambda a: a[..., :1], ["np.repeat(a, 3, -1)"]),
+        (lambda a: (a - 127.0) / 64, []),  # normalised by numbers that are unknown
+        (lambda a: a[..., :2], []),
+    ],
+)
+def test_the_conversion_of_an_array_is_said_and_makes_a_picture(array, steps):
+    a = given = array(np.asarray(noise(5, 7, 3)))
+    assert len(several(given)) == 1
+    with pytest.raises(InputError, match=r"^a picture array must be uint8 \[h, w, 3\], not [^\n]+$") as error:
+        decode(given)
+    told = str(error.value).partition(": with numpy, a = ")[2]
+    assert told == " and then ".join(steps)
+    for step in steps:
+        a = eval(step, {"np": np, "a": a})
+    if steps:
+        assert decode(a).size == (7, 5)
+
+
+def test_a_dictionary_is_no_picture():
+    (given,) = several({"bytes": b"", "path": None})
+    with pytest.raises(InputError, match=r"not a dictionary \(bytes, path\): give one of its values"):
+        decode(given)
 
 
 def test_a_broken_picture_is_named(tmp_path):

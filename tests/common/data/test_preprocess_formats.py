@@ -119,6 +119,10 @@ def test_transformers_file_is_read_in_full(theirs, expected, tmp_path):
             {"image_processor_type": "BlipImageProcessor"},
             "'BlipImageProcessor'; only processors of CLIP, ViT, DeiT, Bit, Siglip can be read",
         ),
+        (  # which processor it is before what that processor has
+            {"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.875},
+            "'ConvNextImageProcessor'; only processors of CLIP, ViT, DeiT, Bit, Siglip can be read",
+        ),
         (
             {"image_processor_type": None},
             "'resample' is missing; add it, or the image_processor_type that it depends on",
@@ -313,6 +317,12 @@ def test_a_white_background_is_said_where_it_is_lost(tmp_path, remarks):
     write(replace(OTHER, background="white"), tmp_path, "open_clip")
     assert remarks() == [
         "open_clip has no setting for background 'white': composite transparent pictures yourself there"
+    ]
+    write(replace(OTHER, background="white"), tmp_path, "hf")
+    assert remarks() == []
+    write(replace(OTHER, background="none"), tmp_path, "hf")
+    assert remarks() == [
+        "transformers puts transparent pictures on white, and this model drops alpha: convert them to RGB there"
     ]
     write(replace(OTHER, background="white"), tmp_path, "heirloom")
     assert remarks() == [] and Preprocess.load(tmp_path).background == "white"
