@@ -291,10 +291,10 @@ def plot(result: dict[str, Any], file: Path) -> None:
                 if mse > top:  # it diverged: drawn to scale, it would press all others together
                     axes.annotate(f"to {mse:.3f}", (steps, top), (4, -10), textcoords="offset points", color=colour)
     axes.axhline(result["donor"][-1]["mse"], color="#888888", linestyle="--", linewidth=1)
-    axes.set(xscale="log", xlabel="steps of a whole training", ylabel="squared error of the noise, test pictures")
+    axes.set(xscale="log", xlabel="thousand steps of a whole training", ylabel="squared error of the noise")
     axes.set_ylim(top=top)
     lengths = sorted({row["steps"] for row in (*result["donor"], *result["rows"])})
-    axes.set_xticks(lengths, [f"{steps:,}" for steps in lengths])
+    axes.set_xticks(lengths, [f"{steps / 1000:g}" for steps in lengths])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     lines = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one for all seeds
