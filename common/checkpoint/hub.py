@@ -3,8 +3,10 @@ addresses in buckets, downloaded once.
 """
 
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
@@ -43,19 +45,31 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
     where, _, revision = source.removeprefix("hf:").partition("@")
     name, folder = "/".join(where.split("/")[:2]), "/".join(where.split("/")[2:])
     try:
-        wanted = _wanted(HfApi().list_repo_files(name, revision=revision or None), folder)
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted)) / folder
+        with _without_warnings():
+            wanted = _wanted(HfApi().list_repo_files(name, revision=revision or None), folder)
+            return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted)) / folder
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    except (
-        Exception
-    ) as error:  # the hub's client raises its own errors, httpx's and OSError: all mean that the download failed
+    # The hub's client raises its own errors, httpx's and OSError: all mean that the download failed.
+    except Exception as error:
         cached = _cached(name, revision)
         if cached is not None and (not folder or (cached / folder).exists()):
             return cached / folder
         raise InputError(
             f"{source}: could not be fetched ({str(error).splitlines()[0][:200]}); check name and network"
         ) from error
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keeps the hub's client from printing every attempt of a request that fails in the end, twice."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def local_path(source: str) -> Path | None:
