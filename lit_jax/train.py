@@ -88,7 +88,7 @@ class Config(BaseConfig):
         between(self, "samples", below=2**30)
 
     def needs(self) -> dict[str, tuple[str, ...]]:
-        return {"donor": ("keep",), "teacher": ("distill",), "samples": ("sample",)}
+        return {"donor": ("keep",), "teacher": ("distill",)}
 
     def idle(self) -> dict[str, str]:
         off = "with both weights of distill at 0: set --distill.noise"
