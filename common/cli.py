@@ -178,7 +178,8 @@ def _help_of_settings(argv: Sequence[str]) -> None:
 
         with contextlib.redirect_stdout(io.StringIO()) as listed, contextlib.suppress(SystemExit):
             config.parse(pkgutil.resolve_name(path)(), ["--help"], "")
-        print(f"\n{listed.getvalue().partition(chr(10) * 2)[2].rstrip()}")  # after the usage, which was printed
+        _, _, options = listed.getvalue().partition("\n\n")  # after its usage
+        print(f"\n{options.rstrip()}")
 
 
 class _Parser(argparse.ArgumentParser):

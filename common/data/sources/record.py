@@ -123,8 +123,8 @@ def captions(text: object, key: str) -> str | list[str]:
     if isinstance(text, str):
         if (several := _list_in(text.strip(), key)) is None:
             return text
-        said = "captions that are lists written as text, in brackets and quotes, are read as several captions each"
-        remark(said if several else "")
+        if several:
+            remark("captions that are lists written as text, in brackets and quotes, are read as several captions each")
         text = several
     if isinstance(text, list) and text and all(isinstance(caption, str) for caption in text):
         return text
