@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from heirloom.common.data.bad import BAD, BadMode, Delivered, Examples, WrongData, bad_records
-from heirloom.common.data.labelled import Names, open_labelled
+from heirloom.common.data.class_names import Names
+from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.pipeline import PipelineConfig, host_rows
 from heirloom.common.data.preprocess import Preprocess, centre, random_box

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from heirloom.common.checkpoint.family import Donor
+from heirloom.common.data.class_names import Names
 from heirloom.common.data.grid import save_grid
-from heirloom.common.data.labelled import Labelled, Names, open_labelled, write_labels
+from heirloom.common.data.labelled import Labelled, open_labelled, write_labels
 from heirloom.common.data.pipeline import training_batches
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig

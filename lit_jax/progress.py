@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from heirloom.common.data.class_names import Names
 from heirloom.common.data.grid import save_grid
-from heirloom.common.data.labelled import Names, open_labelled
+from heirloom.common.data.labelled import open_labelled
 from heirloom.common.diffusion import add_noise, linear_schedule
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.scored import Score, Scored

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from heirloom.common import config
 from heirloom.common.checkpoint.family import Donor
+from heirloom.common.data.class_names import as_words
 from heirloom.common.data.labelled import Labelled, open_labelled
 from heirloom.common.data.lines import read_lines
 from heirloom.common.data.pipeline import evaluation_batches
@@ -29,7 +30,6 @@ from heirloom.common.evaluate.zeroshot import (
     accuracy,
     check_templates,
     classifier,
-    prompt_names,
     read_templates,
 )
 from heirloom.common.notebook.modules import make_callable
@@ -278,7 +278,7 @@ def _named(source: Labelled, path: str, template: str) -> tuple[str, ...]:
     """
     if isinstance(source.source, TarSource) and source.source.class_names:
         return source.classes
-    names = prompt_names(source.classes)
+    names = as_words(source.classes)
     if names:
         listed = any("," in name for name in names)
         # The pair that says most: synonyms in one prompt, else words that were changed.

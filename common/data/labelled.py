@@ -2,9 +2,8 @@
 
 import json
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.data.bad import WrongData, first_good
+from heirloom.common.data.class_names import Names, as_words, match, natural
 from heirloom.common.data.sources import Record, Source, SourceConfig, open_source
 from heirloom.common.data.sources.record import key_of
 from heirloom.common.errors import InputError, nearest, remark
@@ -20,9 +20,6 @@ from heirloom.common.paths import AnyPath
 LABELS = "labels.json"
 KINDS = "labels must be all whole numbers from 0, or all names"
 SHOWN = 80  # characters of a list of classes in a message
-
-Names = Sequence[str | None]
-"""The name of each class of a model; None for a class without."""
 
 
 @dataclass(frozen=True)
@@ -133,17 +130,19 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
             expand = "heirloom expand --classes; in a recipe the field classes of its student"
             needed = f"give data with the model's classes, or a model with {len(known)} ({expand})"
             raise InputError(f"{path} has {given}: {needed}")
-        natural = sorted(in_order, key=lambda i: _natural(known[i]))
-        moved = [i for i, j in enumerate(natural) if i != j]
+        of_timm = sorted(in_order, key=lambda i: natural(known[i]))
+        moved = [i for i, j in enumerate(of_timm) if i != j]
         # Without a model's classes no number has a meaning; in another order, the data has one of its own.
         if moved and classes is not None and list(known) == sorted(known):
             first = f"{known[moved[0]]!r} is class {moved[0]}"
-            theirs = f"{known[natural[moved[0]]]!r}, as timm sorts numbers by value and ignores capitals"
+            theirs = f"{known[of_timm[moved[0]]]!r}, as timm sorts numbers by value and ignores capitals"
             remark(f"{path}: its classes are numbered in alphabetical order, so {first}; for timm that is {theirs}")
         return in_order
     if list(known) == list(names):  # two classes may have the same name, which matches neither
         return in_order
     found = match(known, names)
+    if None in found and None not in (plain := match(as_words(known), names)):  # 002.Laysan_Albatross, of all
+        found = plain
     numbers = [number for number in found if number is not None]
     if twice := [number for number, n in Counter(numbers).items() if n > 1]:
         both = [name for name, number in zip(known, found, strict=True) if number == twice[0]]
@@ -166,46 +165,6 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
     order = f"its classes are numbered in their order ({_shown(known)})"
     remark(f"{path}: {unlike}, but there are {len(names)} of each: {order}")
     return in_order
-
-
-def match(wanted: Sequence[str], names: Names) -> list[int | None]:
-    """Returns the number of each of `wanted` among `names`; None where no name or several match.
-
-    The first rule with a match decides: equal; equal but for case, with `_`, `-` and spaces the same; the same first
-    synonym, separated by commas ("tench" is "tench, Tinca tinca"); a common synonym. A list of synonyms gives way where
-    another name matches by an earlier rule: "chime, bell, gong" is no "gong" if there is "gong, tam-tam".
-    """
-    forms: tuple[Callable[[str], set[str]], ...] = (
-        lambda name: {name},
-        lambda name: {_plain(name)},
-        lambda name: {_plain(name.split(",")[0])},
-        lambda name: {_plain(part) for part in name.split(",") if part.strip()},
-    )
-    tables: list[dict[str, set[int]]] = [{} for _ in forms]
-    for i, name in enumerate(names):
-        for form, table in zip(forms, tables, strict=True):
-            for key in form(name) if name else ():
-                table.setdefault(key, set()).add(i)
-
-    def find(name: str) -> tuple[int, int | None]:
-        for rule, (form, table) in enumerate(zip(forms, tables, strict=True)):
-            if fits := set().union(*(table.get(key, set()) for key in form(name))):
-                return rule, fits.pop() if len(fits) == 1 else None
-        return len(forms), None
-
-    found, best = [find(name) for name in wanted], dict[int | None, int]()
-    for rule, number in found:
-        best[number] = min(rule, best.get(number, rule))
-    return [None if "," in name and r > best[n] else n for name, (r, n) in zip(wanted, found, strict=True)]
-
-
-def _natural(name: str) -> list[Any]:
-    """timm's order of class names (`natural_key`): numbers in them by value, letters without case."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))]
-
-
-def _plain(name: str) -> str:
-    return " ".join(re.sub(r"[_-]", " ", unicodedata.normalize("NFC", name).casefold()).split())
 
 
 def _whole(label: Any) -> int | None:

@@ -1,6 +1,5 @@
 """Zero-shot classification: class vectors are means of text features of the class name in templates."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,6 @@ from heirloom.common.errors import InputError
 from heirloom.common.evaluate.features import finite
 
 TEMPLATES = ("a photo of a {}.",)
-# 001.Black_footed_Albatross, n02085620-Chihuahua, a/abbey
-_NUMBERING = (r"\d+[._ -]+", r"n\d{8}[-_ ]+", r"(?i)/?([a-z])/(?=\1)")
 
 
 @dataclass(frozen=True)
@@ -43,23 +40,6 @@ def check_templates(texts: Sequence[str], where: str) -> tuple[str, ...]:
             raise InputError(f"{where} {number}: {text[:80]!r} {what}")
         templates.append(template)
     return tuple(templates)
-
-
-def prompt_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Turns the names of folders or a column into words for prompts: 001.Barn_owl becomes "Barn owl".
-
-    `_` and `/` become spaces. A number, a WordNet identifier, or the first letter as a folder (a/abbey, as in SUN397)
-    goes if all names begin with one and still differ without it. Where no name has a space, hyphens between words
-    become spaces (golden-retriever, not T-shirt), and words with inner capitals are split (AnnualCrop).
-    """
-    for pattern in _NUMBERING:
-        rests = [name[found.end() :] if (found := re.match(pattern, name)) else "" for name in names]
-        if all(rests) and len(set(rests)) == len(set(names)):
-            names = rests
-    names = [" ".join(re.sub("[_/]", " ", name).split()) or name for name in names]
-    if not any(" " in name for name in names):
-        names = [re.sub(r"(?<=\w\w)-(?=\w\w)|(?<=[a-z])(?=[A-Z])", " ", name) for name in names]
-    return tuple(names)
 
 
 def classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> np.ndarray:

@@ -196,6 +196,8 @@ def test_a_pixarts_own_arguments_are_read(tmp_path):
         (dict(scale_factor=2.0, first_stage=dict(scale_factor=0.5)), 0.5),
         (dict(scale_factor=2.0, vae_scale_factor=0.5), 0.5),
         (dict(latents_scale=[0.5] * 4, latents_bias=[0.0] * 4), 0.5),
+        (dict(latents_std=[2.0] * 4, latents_mean=0.0), 0.5),
+        (dict(scale_factor=0.5, vae=dict(latent_std=2.0)), 0.5),
         (dict(rope=dict(scale_factor=2.0)), None),
         (dict(model=dict(upsampler=dict(scale_factor=2.0))), None),
         (dict(vae_scale_factor=8), None),

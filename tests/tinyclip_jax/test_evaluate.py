@@ -15,12 +15,12 @@ from pyarrow import parquet
 
 import tinyclip_jax
 from heirloom.common.cli import main
+from heirloom.common.data.class_names import as_words
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
-from heirloom.common.evaluate.zeroshot import prompt_names
 from heirloom.common.nn.functional import functional
 from tinyclip_jax.evaluate import Words
 from tinyclip_jax.model import Clip
@@ -98,10 +98,10 @@ def test_names_of_folders_become_words_of_prompts(weights, pictures, tmp_path, c
 
 
 def test_names_for_prompts_lose_what_numbers_them():
-    assert prompt_names(("n02085620-Chihuahua", "n02085782-Japanese_spaniel")) == ("Chihuahua", "Japanese spaniel")
-    assert prompt_names(("golden_retriever", "7_up", "t-shirt")) == ("golden retriever", "7 up", "t-shirt")
-    assert prompt_names(("2-door car", "4-door car")) == ("2-door car", "4-door car")  # they differ by the number
-    assert prompt_names(("1", "2")) == ("1", "2")
+    assert as_words(("n02085620-Chihuahua", "n02085782-Japanese_spaniel")) == ("Chihuahua", "Japanese spaniel")
+    assert as_words(("golden_retriever", "7_up", "t-shirt")) == ("golden retriever", "7 up", "t-shirt")
+    assert as_words(("2-door car", "4-door car")) == ("2-door car", "4-door car")  # they differ by the number
+    assert as_words(("1", "2")) == ("1", "2")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_names_for_prompts_lose_what_numbers_them():
     ],
 )
 def test_names_without_spaces_become_words(names, words):
-    assert prompt_names(names) == words
+    assert as_words(names) == words
 
 
 def test_a_prompt_is_shown_whatever_the_names(weights, pictures, tmp_path, capsys):

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.cli import main
-from heirloom.common.data.labelled import match
+from heirloom.common.data.class_names import match
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import FolderSource
 from heirloom.common.data.text import Tokenizer

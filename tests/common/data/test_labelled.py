@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from heirloom.common.data.labelled import match, open_labelled, read_labels, write_labels
+from heirloom.common.data.class_names import match
+from heirloom.common.data.labelled import open_labelled, read_labels, write_labels
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
 
@@ -172,6 +173,18 @@ def test_match():
     )
     assert match(wanted, names) == [0, 0, 1, 2, None, 5, 6, 7, None]
     assert match(("tench, Tinca tinca", "Projectile, missile"), ("tench", "projectile", None)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (("001.Black_footed_Albatross", "002.Laysan_Albatross"), ("laysan albatross", "Black-footed albatross")),
+        (("n02085620-Chihuahua", "n02085782-Japanese_spaniel"), ("Japanese spaniel", "Chihuahua")),
+        (("AnnualCrop", "SeaLake"), ("sea lake", "annual crop")),
+    ],
+)
+def test_folders_whose_words_are_the_names(folders, remarks, given, names):
+    assert labels(open_labelled(folders(*given), "label", 2, names)) == [1, 0] and remarks() == []
 
 
 def test_names_next_to_shards(tmp_path, picture):
