@@ -15,7 +15,7 @@ import numpy as np
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor, Family
-from heirloom.common.checkpoint.weights import is_folder, read_json
+from heirloom.common.checkpoint.weights import is_folder, of_run, read_json
 from heirloom.common.errors import InputError
 from heirloom.common.methods import families
 from heirloom.common.nn.functional import functional
@@ -53,12 +53,12 @@ def open_text(
     """Opens a text encoder and its tokenizer; the weights are opened by the first prompt that is not in the cache.
 
     source: a T5 of ours or of transformers, folder or file, or the folder of a pipeline with `text_encoder/` and
-    `tokenizer/`; or a weights folder of ours whose family can read texts, such as a CLIP. tokens: length of the
+    `tokenizer/`; or a run or weights folder of ours whose family can read texts, such as a CLIP. tokens: length of the
     features. resident: keep the weights in memory, in the dtype of the file, for many calls. cache: a folder that keeps
     features, made when needed. tokenizer: its folder, if it is not that of the pipeline or of the encoder. Raises
     InputError for a source or tokenizer that does not exist or cannot be read.
     """
-    path = Path(source)
+    path = of_run(Path(source))
     if (path / "text_encoder").is_dir() and not is_folder(path):
         path = path / "text_encoder"
     if not path.exists():

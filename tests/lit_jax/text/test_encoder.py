@@ -7,6 +7,7 @@ import pytest
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.errors import InputError
+from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import functional
 from lit_jax.text import encoder as text
 from lit_jax.text.encoder import open_text
@@ -46,6 +47,16 @@ def test_narrow_weights_are_multiplied_as_they_are(pipeline, small_t5):
     np.testing.assert_allclose(found[mask], whole[mask], rtol=0, atol=2e-4)
     exact = np.asarray(functional(T5Encoder, cfg).apply(params, ids, mask))
     assert np.abs(exact[mask] - whole[mask]).max() > 10 * np.abs(found[mask] - whole[mask]).max()
+
+
+def test_a_run_stands_for_its_weights(tmp_path):
+    embedded = locate_any("embedded:emoji")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="has no model yet"):
+        open_text(tmp_path, tokens=16)
+    shutil.copytree(embedded, tmp_path / "model")
+    of_run, of_folder = (open_text(path, tokens=16).encode(PROMPTS[:2]) for path in (tmp_path, embedded))
+    np.testing.assert_array_equal(of_run.features, of_folder.features)
 
 
 def test_prompts_of_one_length_are_computed_together_up_to_a_number_of_tokens():
