@@ -16,7 +16,7 @@ from heirloom.common.data.class_names import Names
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.pipeline import PipelineConfig, host_rows
-from heirloom.common.data.preprocess import Preprocess, centre, random_box
+from heirloom.common.data.preprocess import Preprocess, centre, random_box, resized
 from heirloom.common.data.sources import Record, Source, SourceConfig
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import batch_sharding, replicated
@@ -61,10 +61,9 @@ class Example:
         return found
 
     def view(self, picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        size = self.pre.size
         if self.cfg.crop == "resized":
             box = random_box(*picture.size, self.cfg.scale, rng)
-            picture = box.cut(picture).resize((size, size), self.pre.filter)
+            picture = resized(box.cut(picture), self.pre)
         else:
             picture = centre(picture, self.pre.cropped(1.0))
         return np.asarray(self.randaugment(picture, rng) if self.randaugment else picture)

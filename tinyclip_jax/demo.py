@@ -158,7 +158,7 @@ def _search(cfg: Config, source: str) -> _Found:
     image = np.concatenate([np.asarray(encode(params, batch["image"])) for batch in evaluation_batches(data, 100, pre)])
     text = np.asarray(donor.model.apply(params, tokenizer(captions, donor.cfg.text.context), method="encode_text"))
     hit = np.array([[record["text"] == caption for record in records] for caption in captions])
-    pictures = [decode(record["image"], pre.background) for record in records]
+    pictures = [decode(record["image"]) for record in records]
     return _Found(captions=captions, order=np.argsort(-(text @ image.T), axis=1), hit=hit, pictures=pictures)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.bad import BadMode
+from heirloom.common.data.pictures import Background
 from heirloom.common.data.pieces import PieceTokenizer
 from heirloom.common.data.pipeline import check_record
 from heirloom.common.data.preprocess import Preprocess
@@ -36,7 +37,8 @@ def preprocess_of(donor: Donor) -> Found:
     open_clip's default is CLIP's whatever the loss, so a bias makes no SigLIP: its image tower is timm's ViT.
     """
     size = donor.cfg.image.size
-    assumed, whose = Preprocess(size), "CLIP's own"
+    background: Background = "last" if donor.format in ("open_clip", "original") else "none"
+    assumed, whose = Preprocess(size, background=background), "CLIP's own"
     if donor.cfg.logit_bias and isinstance(donor.cfg.image, VitImageConfig):
         assumed, whose = Preprocess(size, mean=HALF, std=HALF, mode="squash"), "SigLIP's own"
     return find(donor.folder, donor.format, size, assumed, whose)

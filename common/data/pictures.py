@@ -15,7 +15,7 @@ Picture = str | Path | bytes | np.ndarray | Image.Image
 """A file, encoded bytes, a uint8 [height, width, 3] array, or a PIL image; also an open file and an array of jax or
 torch.
 """
-Background = Literal["none", "white"]
+Background = Literal["none", "white", "last"]
 BACKGROUNDS: tuple[Background, ...] = get_args(Background)
 
 
@@ -41,12 +41,12 @@ def several(images: Picture | Iterable[Picture]) -> list[Picture]:
 
 
 def decode(image: Picture, background: Background = "none") -> Image.Image:
-    """Decodes a picture to RGB like `PIL.Image.convert("RGB")`, which OpenAI's CLIP, open_clip and timm use.
+    """Decodes a picture to RGB like `PIL.Image.convert("RGB")`.
 
     Alpha is dropped, 16-bit grey is clipped at 255, CMYK and palettes are converted. Of an animation the first frame is
     taken. The EXIF orientation is ignored. background: "white" composites transparent pixels on white instead of
-    dropping alpha, like transformers. Raises InputError, with the name of the file if there is one, when the picture
-    cannot be read.
+    dropping alpha, like transformers; "last" leaves the picture in its own mode, in which OpenAI's CLIP and open_clip
+    resize it. Raises InputError, with the name of the file if there is one, when the picture cannot be read.
     """
     if hasattr(image, "__array__") and not isinstance(image, str | bytes | Image.Image):  # numpy's texts have it, too
         image = _from_array(image)
@@ -84,7 +84,7 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
     if background == "white" and picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return picture if background == "last" else picture.convert("RGB")
 
 
 def _from_array(given: Any) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Preprocessing of RGB pictures: resize, crop, normalise, with torchvision's formulas on PIL and numpy."""
+"""Preprocessing of pictures: resize, crop, normalise, with torchvision's formulas on PIL and numpy."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -56,8 +56,9 @@ class Preprocess:
     fill: int = 0
     """grey value of the padding, 0..255, for the mode longest"""
     background: Background = "none"
-    """none drops alpha, like OpenAI's CLIP, open_clip and timm; white composites transparent pixels on white, like
-    transformers
+    """none drops alpha, like timm; white composites transparent pixels on white, like transformers; last drops alpha
+    after resize and crop, like OpenAI's CLIP and open_clip: PIL makes transparent pixels black then, and resizes
+    palettes by nearest
     """
 
     def __post_init__(self) -> None:
@@ -159,8 +160,12 @@ def random_box(width: int, height: int, scale: tuple[float, float], rng: np.rand
 
 def train_image(image: Image.Image, pre: Preprocess, rng: np.random.Generator) -> np.ndarray:
     """Crops randomly, resizes, normalises: float32 [size, size, 3]. No flip or colour change (CLIP, TinyCLIP §6)."""
-    crop = random_box(*image.size, pre.scale, rng).cut(image)
-    return normalise(crop.resize((pre.size, pre.size), pre.filter), pre)
+    return normalise(resized(random_box(*image.size, pre.scale, rng).cut(image), pre), pre)
+
+
+def resized(crop: Image.Image, pre: Preprocess) -> Image.Image:
+    """Resizes a training crop: RGB [size, size]."""
+    return _rgb(crop.resize((pre.size, pre.size), pre.filter))
 
 
 def eval_image(image: Image.Image, pre: Preprocess) -> np.ndarray:
@@ -207,8 +212,12 @@ def centre(image: Image.Image, pre: Preprocess) -> Image.Image:
     left, top = (_corner(length - pre.size, pre.corner) for length in target)
     box = Box(left=left, top=top, width=pre.size, height=pre.size)
     if target[0] * target[1] > AFFORDABLE:
-        return _resized_part(image, target, box, pre)
-    return box.cut(image.resize(target, pre.filter))
+        return _rgb(_resized_part(image, target, box, pre))
+    return _rgb(box.cut(image.resize(target, pre.filter)))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _corner(margin: int, rule: Corner) -> int:

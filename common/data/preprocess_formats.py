@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.data.pictures import Background
 from heirloom.common.data.preprocess import FILE, FILTERS, Channels, Mode, Preprocess
 from heirloom.common.errors import InputError, nearest, remark
 
@@ -37,6 +38,13 @@ _INERT |= {"device", "disable_grouping", "image_seq_length"}
 _INERT |= {"image_processor_type", "feature_extractor_type", "transformers_version"}
 _INERT |= {"use_fast"}  # which library computes it
 _INERT |= {"pad_size"}  # only used by do_pad, which is refused
+
+
+_ALPHA: dict[Background, str] = {
+    "none": "drops alpha before it resizes",
+    "last": "resizes before it drops alpha",
+    "white": "puts transparent pictures on white",
+}
 
 
 @dataclass(frozen=True)
@@ -96,15 +104,14 @@ def size_of(folder: Path) -> int | None:
 def write(pre: Preprocess, folder: Path, format: str) -> None:
     """Writes preprocessing in the file of a format; our file for formats without one.
 
-    No format can express the rounding of the crop's corner, and transformers always composites on white, which is
-    remarked.
+    No format can express the rounding of the crop's corner, and each has one background, which is remarked.
     Raises InputError for settings that the format cannot express.
     """
-    if pre.background != "none" and format in ("open_clip", "timm"):
-        where = "composite transparent pictures yourself there"
-        remark(f"{format} has no setting for background {pre.background!r}: {where}")
-    if pre.background == "none" and format in ("hf", "flax"):
-        remark("transformers puts transparent pictures on white, and this model drops alpha: convert them to RGB there")
+    library = {"hf": "transformers", "flax": "transformers"}.get(format, format)
+    own: dict[str, Background] = {"open_clip": "last", "timm": "none", "transformers": "white"}
+    if (theirs := own.get(library, pre.background)) != pre.background:
+        differ = f"{library} {_ALPHA[theirs]}, and this model {_ALPHA[pre.background]}"
+        remark(f"{differ}: convert transparent pictures yourself there")
     _WRITERS.get(format, lambda pre, folder: pre.save(folder))(pre, folder)
 
 
@@ -228,6 +235,7 @@ def _read_open_clip(folder: Path, size: int) -> Found | None:
         std=fields.numbers("std", default.std, length=3, above=0),
         interpolation=fields.choice("interpolation", filters, "bicubic"),
         resize=size,
+        background="last",
         mode=fields.choice("resize_mode", {mode: mode for mode in get_args(Mode)}, "shortest"),
         fill=fields.integer("fill_color", 0, least=0, most=_BYTE),
     )

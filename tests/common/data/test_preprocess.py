@@ -1,11 +1,12 @@
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from heirloom.common.data import preprocess
-from heirloom.common.data.pictures import Box
+from heirloom.common.data.pictures import Box, decode
 from heirloom.common.data.preprocess import (
     FILTERS,
     Preprocess,
@@ -21,6 +22,24 @@ from heirloom.common.errors import InputError
 
 def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "L", "CMYK", "I;16", "RGB"])
+def test_a_picture_that_becomes_rgb_last_is_resized_in_its_own_mode(mode, tmp_path):
+    """As in open_clip's transforms: Resize, CenterCrop and RandomResizedCrop, then the conversion."""
+    deep = Image.fromarray(np.random.default_rng(0).integers(0, 300, (50, 70)).astype(np.uint16))
+    picture = deep if mode == "I;16" else noise(70, 50).convert(mode)
+    if mode in ("RGBA", "LA"):
+        picture.putalpha(Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 70), dtype=np.uint8)))
+    picture.save(file := tmp_path / ("x.tiff" if mode == "CMYK" else "x.png"))
+    pre = Preprocess(32, background="last")
+    theirs = Image.open(file).resize((44, 32), Image.Resampling.BICUBIC).crop((6, 0, 38, 32)).convert("RGB")
+    ours = centre(decode(file, "last"), pre)
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    first = centre(decode(file), replace(pre, background="none"))
+    assert (np.asarray(ours) != np.asarray(first)).any() == (mode in ("RGBA", "LA", "P", "1", "CMYK", "I;16"))
+    crop = train_image(decode(file, "last"), pre, np.random.default_rng(0))
+    assert crop.shape == (32, 32, 3)
 
 
 class Scripted:

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
+from heirloom.common.data.pictures import Background
 from heirloom.common.data.preprocess import Preprocess
-from heirloom.common.data.preprocess_formats import find, write
+from heirloom.common.data.preprocess_formats import Found, find, write
 from heirloom.common.errors import InputError
 
 OWN = Preprocess(32)
@@ -177,7 +179,7 @@ def test_a_size_that_is_not_said_is_the_models_and_that_is_said(tmp_path, remark
 )
 def test_open_clips_file_is_read_in_full(theirs, expected, tmp_path):
     found = read(tmp_path, "open_clip", open_clip_config={"preprocess_cfg": theirs})
-    assert (found.pre, found.origin) == (replace(OWN, resize=32, **expected), "open_clip_config.json")
+    assert found == Found(replace(OWN, resize=32, background="last", **expected), "open_clip_config.json")
 
 
 def test_open_clips_size_is_the_models(tmp_path):
@@ -293,8 +295,8 @@ def test_preprocessing_travels_there_and_back(format, change, tmp_path):
     (tmp_path / "config.json").write_text('{"architecture": "vit"}')
     write(pre, tmp_path, format)
     found = read(tmp_path, format)
-    hf = dict(corner="down", background="white") if format == "hf" else {}  # the library's own rules
-    assert found.pre == replace(pre, **hf) and found.origin
+    own = {"hf": dict(corner="down", background="white"), "open_clip": dict(background="last")}  # the library's rules
+    assert found.pre == replace(pre, **own.get(format, {})) and found.origin
 
 
 @pytest.mark.parametrize(
@@ -312,17 +314,18 @@ def test_what_a_format_cannot_express_is_not_written(format, change, complaint, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_white_background_is_said_where_it_is_lost(tmp_path, remarks):
+def test_a_background_is_said_where_it_is_lost(tmp_path, remarks):
     (tmp_path / "open_clip_config.json").write_text("{}")
-    write(replace(OTHER, background="white"), tmp_path, "open_clip")
-    assert remarks() == [
-        "open_clip has no setting for background 'white': composite transparent pictures yourself there"
-    ]
-    write(replace(OTHER, background="white"), tmp_path, "hf")
-    assert remarks() == []
-    write(replace(OTHER, background="none"), tmp_path, "hf")
-    assert remarks() == [
-        "transformers puts transparent pictures on white, and this model drops alpha: convert them to RGB there"
-    ]
-    write(replace(OTHER, background="white"), tmp_path, "heirloom")
-    assert remarks() == [] and Preprocess.load(tmp_path).background == "white"
+    (tmp_path / "config.json").write_text("{}")
+    said = {
+        "open_clip": ("last", "open_clip resizes before it drops alpha, and this model "),
+        "timm": ("none", "timm drops alpha before it resizes, and this model "),
+        "hf": ("white", "transformers puts transparent pictures on white, and this model "),
+    }
+    for format, (own, words) in said.items():
+        for background in get_args(Background):
+            write(replace(OTHER, background=background), tmp_path, format)
+            lost = remarks()
+            assert lost == [] if background == own else len(lost) == 1 and lost[0].startswith(words)
+    write(replace(OTHER, background="last"), tmp_path, "heirloom")
+    assert remarks() == [] and Preprocess.load(tmp_path).background == "last"
