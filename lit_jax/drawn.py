@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from heirloom.common.checkpoint.staging import remove, staged
+from heirloom.common.checkpoint.staging import remove, replacing, staged
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.reading import mapped
 from heirloom.common.errors import InputError
@@ -102,7 +102,5 @@ class Drawn:
         return array
 
     def _note(self, drawn: int) -> None:
-        file = self._next_to(".part.json")
-        part = file.with_name(f"{file.name}.{os.getpid()}")
-        write_json(part, {"drawn": drawn, "how": self.how})
-        part.replace(file)
+        with replacing(self._next_to(".part.json")) as part:
+            write_json(part, {"drawn": drawn, "how": self.how})

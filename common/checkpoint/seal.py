@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from heirloom.common.checkpoint.staging import replacing
 from heirloom.common.checkpoint.weights import read_json, sha256
 from heirloom.common.errors import InputError
 
@@ -83,9 +84,7 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def _write(folder: Path, digests: dict[str, str]) -> None:
-    part = folder / f"{MANIFEST}.part"
-    with part.open("w") as file:
+    with replacing(folder / MANIFEST) as part, part.open("w") as file:
         json.dump(digests, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(folder / MANIFEST)

@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,6 +58,20 @@ def staged(destination: AnyPath, *, force: bool = False, inputs: Sequence[AnyPat
         ) from error
     finally:
         remove(temporary)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yields a temporary name next to `file`, whose folder is made; renames it to `file` when the block succeeds and
+    removes it when it fails. For small files that several processes and threads may write: readers see a whole one.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        yield part
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def check_outside(destination: AnyPath, *inputs: AnyPath) -> None:

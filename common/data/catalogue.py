@@ -8,7 +8,6 @@ is made again from the indexes.
 import hashlib
 import io
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from heirloom.common.checkpoint.staging import replacing
 from heirloom.common.data.indexing import Facts, index_all
 from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.tar_index import DIGEST, cache_folder, remove_old
@@ -160,12 +160,9 @@ def _unpacked(file: AnyPath) -> Rows:
 
 def _write(file: Path, data: bytes) -> bool:
     """Writes a catalogue whole or not at all; returns whether it was written. Without one, the next start is slower."""
-    part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(file)
+        with replacing(file) as part:
+            part.write_bytes(data)
     except OSError:
-        part.unlink(missing_ok=True)
         return False
     return True

@@ -12,9 +12,8 @@ import hashlib
 import io
 import os
 import tarfile
-import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from heirloom.common.checkpoint.staging import replacing
 from heirloom.common.data.reading import Stamp, mapped, retried
 from heirloom.common.data.tar_members import BLOCK, Member, members, split
 from heirloom.common.errors import InputError
@@ -113,7 +113,8 @@ def _index_remote(shard: Address) -> Index:
         return index
     try:
         if copy.exists():
-            _replace(file, lambda out: out.write(copy.read_bytes()))
+            with replacing(file) as part:
+                part.write_bytes(copy.read_bytes())
             if index := _belonging(file, shard, stamp):
                 return index
         index = _written(file, _table(shard, stamp.mark), stamp)
@@ -143,7 +144,8 @@ def adopt(shard: AnyPath, stamp: Stamp, data: bytes) -> None:
     """
     file = cache_folder(shard) / index_name(shard, stamp)
     try:
-        _replace(file, lambda out: out.write(data))
+        with replacing(file) as part:
+            part.write_bytes(data)
     except OSError as error:
         needed = "set XDG_CACHE_HOME to a folder with free space"
         raise InputError(f"{file}: the index cannot be written ({error.strerror}); {needed}") from error
@@ -212,23 +214,11 @@ def _written(file: Path, table: np.ndarray, stamp: Stamp) -> Index:
         out.write(data.getbuffer())
         out.write(hashlib.sha256(data.getbuffer()).digest())
 
-    _replace(file, save)
+    with replacing(file) as part, open(part, "wb") as out:
+        save(out)
     if not (index := Index.open(file, stamp.mark)):
         raise OSError(errno.EIO, "what was written is not what is read", str(file))
     return index
-
-
-def _replace(file: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Writes under a temporary name and renames, since several processes and threads may build it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        with open(part, "wb") as out:
-            write(out)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-    return file
 
 
 def remove_old(shards: Mapping[AnyPath, str]) -> None:

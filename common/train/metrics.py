@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import jax
 import numpy as np
 
+from heirloom.common.checkpoint.staging import replacing
 from heirloom.common.data.bad import Delivered
 from heirloom.common.errors import InputError
 from heirloom.common.train.bad_samples import BadSamples
@@ -63,12 +64,10 @@ class MetricsFile:
     def truncate(self, step: int) -> None:
         """Keep the lines up to `step`. The file is replaced whole, so a kill in between harms nothing."""
         kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
-        part = self.path.with_suffix(".part")
-        with MetricsFile(part)._open("w") as file:
+        with replacing(self.path) as part, MetricsFile(part)._open("w") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(self.path)
 
     def _open(self, mode: Literal["a", "w"]) -> Any:
         try:

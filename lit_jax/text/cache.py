@@ -1,13 +1,13 @@
 """Keeps the features of prompts in a folder, so that a prompt goes through the encoder once."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from heirloom.common.checkpoint.staging import replacing
 from heirloom.common.checkpoint.unwrap import weights_files
 from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors, read_json
 from heirloom.common.errors import InputError, remark
@@ -49,15 +49,11 @@ class FeatureCache:
         written.
         """
         file = self._file(ids)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        tensors = {"features": Tensor(features.shape, np.dtype(np.float32))}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with create_safetensors(temporary, {"features": Tensor(features.shape, np.dtype(np.float32))}) as out:
+            with replacing(file) as part, create_safetensors(part, tensors) as out:
                 out["features"][...] = features
-            temporary.replace(file)
         except OSError as error:
-            if self.folder.is_dir():
-                temporary.unlink(missing_ok=True)
             raise InputError(f"{self.folder}: features cannot be kept here ({error.strerror})") from error
 
     def _file(self, ids: Sequence[int]) -> Path:
