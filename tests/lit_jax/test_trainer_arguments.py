@@ -230,6 +230,8 @@ def test_a_pixarts_own_arguments_are_read(tmp_path):
         (dict(rope=dict(scale_factor=2.0)), None),
         (dict(model=dict(upsampler=dict(scale_factor=2.0))), None),
         (dict(vae_scale_factor=8), None),
+        (dict(vae_scale=0.5), 0.5),
+        (dict(vae_scaling=0.5), 0.5),
     ],
 )
 def test_the_scale_of_latents_is_that_of_an_autoencoder_or_of_the_top_level(args, scale, tmp_path, remarks):
