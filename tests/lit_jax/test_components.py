@@ -260,6 +260,17 @@ def test_a_part_in_two_precisions_is_read_as_diffusers_does(tmp_path, remarks):
     assert plain_weights(root / "transformer") == root / "transformer" and len(remarks()) == 1
 
 
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_a_pickle_goes_before_the_variant_of_a_part_in_safetensors(variant, tmp_path, remarks):
+    for name in ("model.bin", f"model.{variant}.safetensors"):
+        (tmp_path / name).write_text("")
+    assert plain_weights(tmp_path) == tmp_path / "model.bin"
+    (said,) = remarks()
+    assert f": model.bin is taken, not model.{variant}.safetensors, which is a variant; name the file" in said
+    (tmp_path / "model.safetensors").write_text("")
+    assert plain_weights(tmp_path) == tmp_path / "model.safetensors"
+
+
 def test_the_tokenizer_of_a_text_encoder_that_is_a_file_lies_next_to_its_folder(tmp_path):
     for name, file in (("text_encoder", "model.safetensors"), ("tokenizer", "spiece.model"), ("vae", "x")):
         (tmp_path / name).mkdir()
