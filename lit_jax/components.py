@@ -16,14 +16,14 @@ from heirloom.common.checkpoint.hub import absolute, local_path, locate
 from heirloom.common.checkpoint.pipeline import INDEX, MAIN, class_of, is_pipeline, plain_weights
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.labelled import LABELS, read_labels, write_labels
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.methods import locate_any
 from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.text.tokenizer import PIECES, WHOLE, find_tokenizer
 from lit_jax.text_origin import copy_empty_text
 
-PIPELINE = "PixArtSigmaPipeline"
+PIPELINE, PAG = "PixArtSigmaPipeline", "PixArtSigmaPAGPipeline"  # of the same parts
 SIDECAR = "pipeline.json"
 SDXL_SCALE = 0.13025  # of the latents that PixArt-Σ was trained on
 SD_SCALE = 0.18215  # of the latents that DiT was trained on
@@ -118,8 +118,11 @@ def check_pipeline(root: Path) -> None:
     """
     if not is_pipeline(root) and not (root / "text_encoder").is_dir():
         raise InputError(f"{root} is no pipeline folder: it has neither model_index.json nor text_encoder/")
-    if (name := class_of(root)) not in (PIPELINE, ""):
-        raise InputError(f"{root} is {_OTHERS.get(name, f'a {name}')}: only {PIPELINE} is read")
+    if (name := class_of(root)) == PAG:
+        remark(f"{root} is a {PAG}: it is drawn without perturbed-attention guidance (PAG)")
+    elif name not in (PIPELINE, ""):
+        ways = "name the parts with --text-encoder and --autoencoder"
+        raise InputError(f"{root} is {_OTHERS.get(name, f'a {name}')}: only {PIPELINE} is read; {ways}")
     if (root / "scheduler" / "scheduler_config.json").is_file():
         check_scheduler(Fields.load(root / "scheduler" / "scheduler_config.json"))
 

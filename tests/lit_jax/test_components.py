@@ -116,8 +116,13 @@ def test_a_chain_that_a_schedulers_defaults_change_is_refused():
     ],
 )
 def test_other_pipelines_are_refused_by_name(tmp_path, kind, says):
-    with pytest.raises(InputError, match=f"is {says}.*only PixArtSigmaPipeline is read"):
+    with pytest.raises(InputError, match=f"is {says}.*only PixArtSigmaPipeline is read; name the parts with --text"):
         check_pipeline(write(tmp_path / "p", SIGMA | {"_class_name": kind}))
+
+
+def test_a_pipeline_with_perturbed_attention_is_read_without_it(tmp_path, remarks):
+    check_pipeline(write(tmp_path / "p", SIGMA | {"_class_name": "PixArtSigmaPAGPipeline"}))
+    assert remarks()[0].endswith("it is drawn without perturbed-attention guidance (PAG)")
 
 
 def test_a_missing_part_is_one_line(tmp_path):
