@@ -52,8 +52,11 @@ def _read(found: Found) -> Read | None:
     if not {f"{FIRST}.q.weight", GATE} <= tensors.keys() or not {TABLE, COPY} & tensors.keys():
         return None
     fields = found.json("config.json")
-    if (fields and fields.value("quantization_config")) or any(key.endswith(_QUANTISED) for key in tensors):
-        raise InputError("a quantised T5: take the checkpoint that was quantised, in bfloat16 or float32")
+    needed = "take the checkpoint that was quantised, in bfloat16 or float32"
+    if fields is not None and fields.value("quantization_config") is not None:
+        raise fields.refusal("quantization_config", needed)
+    if any(key.endswith(_QUANTISED) for key in tensors):
+        raise InputError(f"a quantised T5: {needed}")
     if f"{FIRST.replace('.0.', '.1.', 1)}.relative_attention_bias.weight" in tensors:
         raise InputError("a umT5, with a table of positions in every layer; only T5 v1.1, mT5 and ByT5 can be read")
     if POSITIONS not in tensors:

@@ -1,5 +1,6 @@
 """A T5 with int8 kernels: its error, and the encoder that reads it layer by layer."""
 
+import json
 from types import SimpleNamespace
 
 import jax
@@ -56,4 +57,7 @@ def test_the_encoder_keeps_int8_layers_and_computes_what_the_model_does(folders,
 def test_a_t5_of_bitsandbytes_is_named_before_its_sizes_are_compared(sign, tmp_path):
     tensors = dict.fromkeys((f"{FIRST}.q.weight", GATE, TABLE, sign), np.zeros((128, 1), np.uint8))
     with pytest.raises(InputError, match="a quantised T5: take the checkpoint that was quantised, in bfloat16 or"):
+        FORMATS[0].read_config(Found(tensors, tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"d_kv": 64, "quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(InputError, match=r"quantization_config is \{'load_in_4bit': True\}; take the checkpoint that"):
         FORMATS[0].read_config(Found(tensors, tmp_path))
