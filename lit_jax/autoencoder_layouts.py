@@ -101,7 +101,7 @@ def clean(key: str) -> str:
 
 def _read(found: Found) -> Read | None:
     fields = found.json("config.json")
-    if fields is not None and re.search("Autoencoder|VAE|^VQ", fields.text("_class_name", None) or ""):
+    if fields is not None and re.search("Autoencoder|VAE|^VQ", str(fields.value("_class_name"))):
         fields.fixed("_class_name", "AutoencoderKL", "FlaxAutoencoderKL")  # before the tensors, which may be like these
     if (
         not {"encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight"}
