@@ -100,12 +100,14 @@ def clean(key: str) -> str:
 
 
 def _read(found: Found) -> Read | None:
+    fields = found.json("config.json")
+    if fields is not None and re.search("Autoencoder|VAE|^VQ", str(fields.value("_class_name"))):
+        fields.fixed("_class_name", "AutoencoderKL", "FlaxAutoencoderKL")  # before the tensors, which may be like these
     if (
         not {"encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight"}
         <= found.tensors.keys()
     ):
         return None
-    fields = found.json("config.json")
     if fields is None:
         raise InputError("an AutoencoderKL of diffusers needs its config.json next to the weights; there is none")
     fields.fixed("_class_name", "AutoencoderKL", "FlaxAutoencoderKL")

@@ -1,6 +1,7 @@
 """Finds the parts of a text-to-image model: its own pipeline folder has them, or flags name them."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +16,20 @@ from heirloom.common.checkpoint.hub import absolute, local_path, locate
 from heirloom.common.checkpoint.pipeline import INDEX, MAIN, class_of, is_pipeline, plain_weights
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.labelled import LABELS, read_labels, write_labels
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.methods import locate_any
 from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.text.tokenizer import PIECES, WHOLE, find_tokenizer
 from lit_jax.text_origin import copy_empty_text
 
-PIPELINE = "PixArtSigmaPipeline"
+PIPELINE, PAG = "PixArtSigmaPipeline", "PixArtSigmaPAGPipeline"  # of the same parts
 SIDECAR = "pipeline.json"
 SDXL_SCALE = 0.13025  # of the latents that PixArt-Σ was trained on
 SD_SCALE = 0.18215  # of the latents that DiT was trained on
+# Names of autoencoders with these scales, in arguments of trainers; the class alone names none.
+_SDXL_VAES = re.compile(r".*(sdxl|pixart_sigma).*|autoencoder\w*", re.IGNORECASE)
+_SD_VAES = re.compile(r"ema|mse|.*\bsd[-_]?vae.*|.*stable-diffusion-(v1|2).*|autoencoder\w*", re.IGNORECASE)
 _OFF = (False, None)  # diffusers asks only whether such a field is true
 # The fields of diffusers' schedulers that tell the chain and the prediction, with the values of DiT.
 _CHAIN: dict[str, tuple[Any, ...]] = dict(
@@ -114,8 +118,11 @@ def check_pipeline(root: Path) -> None:
     """
     if not is_pipeline(root) and not (root / "text_encoder").is_dir():
         raise InputError(f"{root} is no pipeline folder: it has neither model_index.json nor text_encoder/")
-    if (name := class_of(root)) not in (PIPELINE, ""):
-        raise InputError(f"{root} is {_OTHERS.get(name, f'a {name}')}: only {PIPELINE} is read")
+    if (name := class_of(root)) == PAG:
+        remark(f"{root} is a {PAG}: it is drawn without perturbed-attention guidance (PAG)")
+    elif name not in (PIPELINE, ""):
+        ways = "name the parts with --text-encoder and --autoencoder"
+        raise InputError(f"{root} is {_OTHERS.get(name, f'a {name}')}: only {PIPELINE} is read; {ways}")
     if (root / "scheduler" / "scheduler_config.json").is_file():
         check_scheduler(Fields.load(root / "scheduler" / "scheduler_config.json"))
 
@@ -167,6 +174,8 @@ def copy_parts(donor: Donor, folder: Path) -> None:
     named: dict[str, Any] = _sidecar(donor) if root is None else {"pipeline": str(root.resolve())}
     if scale := _trained_scale(donor):
         named |= {"scaling_factor": scale}
+    if latents := _latents_of(donor):
+        named |= {"latents_of": latents}
     if named:
         write_json(folder / SIDECAR, named)
     copy_empty_text(donor.folder, folder)
@@ -220,14 +229,19 @@ def is_foreign(donor: Donor) -> bool:
 def other_scale(donor: Donor, scale: float, name: str) -> str:
     """Returns a remark if a foreign model was trained on latents of another scale than those of `name`, else an empty
     string. The model's scale is that of its training's arguments or its pipeline's autoencoder, else that of the
-    published models.
+    published models; where the arguments name another autoencoder than theirs, its name is compared instead.
     """
     if read_origin(donor.folder) or not is_foreign(donor):
         return ""
     root, usual = pipeline_of(donor), SDXL_SCALE if isinstance(donor.cfg, PixArtConfig) else SD_SCALE
     file = None if root is None else root / "vae" / "config.json"
     own = Fields.load(file).number("scaling_factor", SD_SCALE, above=0.0) if file and file.is_file() else None
-    own = _trained_scale(donor) or own
+    own, latents = _trained_scale(donor) or own, _latents_of(donor)
+    if not own and latents and not (_SDXL_VAES if usual == SDXL_SCALE else _SD_VAES).fullmatch(latents):
+        if Path(latents.removesuffix("/vae")).name.lower() in name.lower():
+            return ""
+        theirs = f"the arguments saved with {donor.path} name the autoencoder {latents!r}"
+        return f"{name} has latents with scaling_factor {scale:g}, and {theirs}: check that it is the same"
     if np.isclose(scale, known := own or usual, rtol=1e-3):
         return ""
     trained = f"{donor.path} was trained on latents with {known:g}" if own else (
@@ -241,15 +255,21 @@ def _trained_scale(donor: Donor) -> float | None:
     return donor.known.get("scale") or _sidecar(donor).get("scaling_factor")
 
 
+def _latents_of(donor: Donor) -> str:
+    """Returns the autoencoder that the arguments of a foreign model's training name, kept when it was converted."""
+    return donor.known.get("autoencoder") or _sidecar(donor).get("latents_of", "")
+
+
 def _sidecar(donor: Donor) -> dict[str, Any]:
-    """Returns what the sidecar of a transformer names: its pipeline, or its text encoder and its autoencoder, and the
-    scale of its latents. Raises InputError for a damaged one.
+    """Returns what the sidecar of a transformer names: its pipeline, or its text encoder and its autoencoder, the scale
+    of its latents, and the name of their autoencoder. Raises InputError for a damaged one.
     """
     file = donor.folder / SIDECAR
     if not file.is_file():
         return {}
     fields = Fields.load(file)
-    found: dict[str, Any] = {name: fields.text(name, None) for name in ("pipeline", "text_encoder", "autoencoder")}
+    names = ("pipeline", "text_encoder", "autoencoder", "latents_of")
+    found: dict[str, Any] = {name: fields.text(name, None) for name in names}
     found["scaling_factor"] = fields.number("scaling_factor", None, above=0.0)
     fields.done("what it is drawn with")
     return {name: value for name, value in found.items() if value is not None}

@@ -20,7 +20,7 @@ from lit_jax.attention import Features
 from lit_jax.components import check_chain, class_names, copy_parts, write_names
 from lit_jax.dit import SOFTMAX_HEADS, DitConfig
 from lit_jax.origin import copy_origin
-from lit_jax.trainer_arguments import trained_as
+from lit_jax.trainer_arguments import OF_LATENTS, trained_as
 
 SIDECAR = "dit.json"
 NORM_EPS = 1e-5  # of diffusers' norm before the MLP
@@ -114,7 +114,7 @@ def _read_fair(found: Found) -> Read | None:
             )
         )
     cfg = DitConfig(**sizes, classes=classes, null_class=classes < rows, **attention)
-    return Read(cfg, tuple(guesses), {"scale": known["scale"]} if "scale" in known else {})
+    return Read(cfg, tuple(guesses), {name: known[name] for name in OF_LATENTS if name in known})
 
 
 def sizes_of(tensors: Tensors) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from heirloom.common import config
 from heirloom.common.arguments import refuse
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.data.grid import save_grid
+from heirloom.common.data.grid import is_picture, save_grid
 from heirloom.common.errors import InputError, check_seed
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
@@ -47,10 +47,10 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
         raise InputError(f"--count {count}: draw 1 picture of each class, or more")
     if batch < 1:
         raise InputError(f"--batch {batch}: draw 1 picture at a time, or more")
-    if out.suffix not in ("", ".png"):
-        raise InputError(f"--out {out}: the grid is a PNG; name it {out.with_suffix('.png')}")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: name a file in it, such as {out / 'samples.png'}")
+    if is_picture(out) and out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: the grid is a PNG; name it {out.with_suffix('.png')}")
     mesh, classes = start(MeshConfig()), args.classes or list(range(min(donor.cfg.classes, 8)))
     draw, keys = drawer(donor.model, donor.cfg, how, mesh), class_keys(args.seed, classes, count)
     draw.check(classes)

@@ -21,7 +21,7 @@ from lit_jax import pixart_layouts
 from lit_jax.attention import Features
 from lit_jax.formats import LOOKALIKES, linear_attention_of, predicts_noise, sizes_of
 from lit_jax.pixart import PixArtConfig, published_interpolation
-from lit_jax.trainer_arguments import trained_as
+from lit_jax.trainer_arguments import OF_LATENTS, trained_as
 
 SIDECAR = "pixart.json"
 SIGMA_TOKENS, ALPHA_TOKENS = 300, 120  # of a prompt
@@ -81,7 +81,7 @@ def _read_released(found: Found) -> Read | None:
     if known.get("prediction") != "noise":
         guesses.append(Guess("prediction", "noise", "the file does not say what it predicts; published models do this"))
     cfg = PixArtConfig(size=size or 64, interpolation=interpolation, **sizes, **attention)
-    return Read(cfg, tuple(guesses), {name: known[name] for name in ("scale",) if name in known})
+    return Read(cfg, tuple(guesses), {name: known[name] for name in OF_LATENTS if name in known})
 
 
 def _text_tokens(tokens: int | None, why: str = "the file does not contain it") -> tuple[int, list[Guess]]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from heirloom.common import config
 from heirloom.common.checkpoint.convert import parts
 from heirloom.common.checkpoint.family import Donor
+from heirloom.common.data.grid import is_picture
 from heirloom.common.errors import InputError, check_seed
 from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax.aspect import parse_size
@@ -131,8 +132,8 @@ def _prompts(args: Namespace) -> list[Prompt]:
 def _folder(out: Path | None) -> Path:
     """Returns the folder of the pictures. Raises InputError for the name of a file, and where it cannot be written."""
     folder = out or Path("samples")
-    if folder.suffix or folder.is_file():
-        raise InputError(f"--out {folder}: pictures of prompts go into a folder; name it without an ending")
+    if folder.is_file() or (is_picture(folder) and not folder.is_dir()):
+        raise InputError(f"--out {folder}: pictures of prompts go into a folder; give the name of a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor
+from heirloom.common.data.text import strings
 from heirloom.common.errors import InputError, check_seed, remark, with_settings
 from heirloom.common.nn.functional import Functional
 from heirloom.common.notebook.shown import Shown, short
@@ -40,7 +41,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Request:
-    """Pictures to draw for one prompt.
+    """Pictures to draw for one prompt; of its texts, halves of a character are joined or replaced.
 
     size: height and width in pixels, both multiples of the model's step. count: pictures. latents: the noise to begin
     with, [count, row, col, channel], instead of that of the seed.
@@ -52,6 +53,10 @@ class Request:
     count: int = 1
     seed: int = 0
     latents: ArrayLike | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative"):
+            object.__setattr__(self, name, strings(getattr(self, name))[0])
 
 
 @dataclass(frozen=True, repr=False)

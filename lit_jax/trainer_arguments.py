@@ -12,10 +12,12 @@ from lit_jax.trainer_rules import NOISE, PREDICTION, refusal
 from lit_jax.trainer_settings import Setting, of_denoiser, settings_of
 
 WIDTHS = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
+OF_LATENTS = ("scale", "autoencoder")  # what is known, next to the config
 _DIT = re.compile(r"(DiT|LiT)-(S|B|L|XL)/\d+")
 _LATENTS = re.compile(r"vae|autoencoder|first_stage|latent")
-_SCALE = re.compile(r"(^|latents?_|vae_)(scale|scaling)_factor$|latents?_(scale|multiplier)$")
-_STD = re.compile(r"latents?_stds?$")
+_SCALE = re.compile(r"(^|latents?_|vae_)(scale|scaling)_factor$|(latents?|vae)_(scale|scaling|multiplier)$")
+_STD = re.compile(r"(latents?|vae)_stds?$")
+_AUTOENCODER = re.compile(r"(vae|autoencoder)(_(name|path|model|pretrained|(model_)?name_or_path))?|pretrained_vae")
 
 
 def arguments_of(found: Found) -> list[Setting]:
@@ -37,8 +39,8 @@ def trained_as(
     found: Found, sizes: Mapping[str, Any], sure: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Guess]]:
     """Return what is known of the model: `sure`, which tensors and other files say, and what only the arguments say
-    (`prediction`, `heads`, `classes`, `size`, `pixels`, and `scale` of its latents). Arguments that differ, or that may
-    be another network's, are guesses.
+    (`prediction`, `heads`, `classes`, `size`, `pixels`, `scale` of its latents, and the name of their `autoencoder`).
+    Arguments that differ, or that may be another network's, are guesses.
 
     sizes: `width` and `layers`. Raises InputError for a model that predicts something else than noise, or on another
     chain than DiT's.
@@ -71,6 +73,9 @@ def trained_as(
         known["pixels"] = int(pixels.pop())  # of the pictures, which DiT's train.py encodes with an autoencoder
     if (scale := _scale(settings)) is not None:
         known["scale"] = scale
+    named = [s.value for s in settings if _AUTOENCODER.fullmatch(s.plain) and isinstance(s.value, str) and s.value]
+    if named:
+        known["autoencoder"] = named[0]
     return known | dict(sure), guesses
 
 

@@ -39,11 +39,13 @@ class Setting(NamedTuple):
 
     @property
     def said(self) -> Any:
-        """Its value to compare: text in lower case, numpy's numbers as Python's, and objects as text."""
+        """Its value to compare: text in lower case, without DiT's `ModelMeanType.`, numpy's numbers as Python's, and
+        objects as text.
+        """
         value = self.value.item() if isinstance(self.value, np.generic) else self.value
         if isinstance(value, bool | int | float | None):
             return value
-        return value.lower() if isinstance(value, str) else str(value)
+        return value.lower().removeprefix("modelmeantype.") if isinstance(value, str) else str(value)
 
     @property
     def number(self) -> float | None:

@@ -3,7 +3,6 @@
 diffusers writes them (`PixArtSigmaPipeline.save_pretrained`). Ours are the same, with weights folders of ours as parts.
 """
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from heirloom.common.checkpoint.convert import OURS, convert
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantization import quantize_folder
 from heirloom.common.checkpoint.staging import staged
-from heirloom.common.checkpoint.unwrap import weights_files
+from heirloom.common.checkpoint.unwrap import VARIANT, weights_files
 from heirloom.common.checkpoint.verify import Check
 from heirloom.common.checkpoint.weights import is_folder, read_json, write_json
 from heirloom.common.errors import InputError, remark
@@ -21,7 +20,6 @@ from heirloom.common.errors import InputError, remark
 INDEX = "model_index.json"
 MAIN = ("transformer", "unet")  # the part that an inspection or an inheritance means
 _WEIGHTS = ("vae", "text_encoder")
-_PRECISION = re.compile(r"\.(?:b?fp?(?:8|16|32)\w*|half)(?=[.-])")  # variants, in names of files
 _PLAIN = ("tokenizer", "scheduler", "feature_extractor", "image_processor")  # parts without weights
 
 
@@ -66,14 +64,16 @@ def main_part(path: Path) -> Path:
 
 
 def plain_weights(folder: Path) -> Path:
-    """Returns the file without a variant in its name where a part is stored in several precisions, as diffusers takes
-    it (`x.safetensors` next to `x.fp16.safetensors`), with a remark; else the folder.
+    """Returns the file without a variant in its name where a part is stored in several, as diffusers takes it
+    (`x.safetensors` next to `x.fp16.safetensors`), with a remark; else the folder.
     """
     if is_folder(folder):
         return folder
     found = weights_files(folder)
-    bare = {file: _PRECISION.sub("", file.name) for file in found}
+    bare = {file: VARIANT.sub("", file.name) for file in found}
     plain = [file for file in found if bare[file] == file.name or folder / bare[file] not in found]
+    if len(found) == 1 and any(VARIANT.search(file.name) for file in folder.iterdir() if file != found[0]):
+        return found[0]  # of a kind of files of its own, as `weights_files` has remarked
     if len(found) == 1 or len(plain) != 1:
         return folder
     others = ", ".join(file.name for file in found if file != plain[0])

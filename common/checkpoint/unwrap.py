@@ -19,13 +19,14 @@ from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.flax_files import SUFFIX, is_flax, open_flax
 from heirloom.common.checkpoint.pickled import Opaque, plain
 from heirloom.common.checkpoint.weights import Tensors, read_json
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 
-AVERAGE = re.compile(r"(^|[_.-])(emas?\d*|averaged?|avg|swa|shadow|polyak)([_.-]|$)", re.IGNORECASE)
+AVERAGE = re.compile(r"(^|(?<!\bnon)(?<!_non)[_.-])(emas?\d*|averaged?|avg|swa|shadow|polyak)([_.-]|$)", re.IGNORECASE)
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params", "net", "network", "weights")
 TRAINING = re.compile(
     r"optim|sched|scaler|^opt$|^opt_|loss|criterion|rng|random"
 )  # of a training state, not the model
+VARIANT = re.compile(r"\.(?:b?fp?(?:8|16|32)\w*|half|non_ema)(?=[.-])")  # of diffusers' and transformers' files
 # Classes of configs that trainers save with the weights. They are opened as dictionaries; their code is never imported.
 _CONFIGS = (
     "omegaconf.",
@@ -79,7 +80,7 @@ class Weights:
 
 def weights_files(path: Path) -> list[Path]:
     """Finds the weights files of a checkpoint: the file itself, or those of a folder (index of shards first,
-    safetensors before pickles).
+    safetensors before pickles; a pickle before safetensors of a variant of it, such as `fp16`, with a remark).
 
     States of optimizers and the like do not count. Raises InputError when there are none.
     """
@@ -95,17 +96,34 @@ def weights_files(path: Path) -> list[Path]:
             f"{path} holds an adapter, not a model: merge it into its base (peft's merge_and_unload), save and convert"
             " that"
         )
-    for pattern in _PATTERNS:
-        if found := sorted(
-            p
-            for p in path.glob(pattern)
-            if not p.name.startswith(".") and not NO_WEIGHTS.match(p.name) and p.is_file()
-        ):
-            for index in found:
-                _check_index(index)
-            _check_average(path, found)
-            return found
-    raise InputError(f"{path} holds {NOTHING}")
+    if not (kinds := list(filter(None, (_matches(path, pattern) for pattern in _PATTERNS)))):
+        raise InputError(f"{path} holds {NOTHING}")
+    found = _without_variant(kinds)
+    for index in found:
+        _check_index(index)
+    _check_average(path, found)
+    return found
+
+
+def _matches(folder: Path, pattern: str) -> list[Path]:
+    files = (p for p in folder.glob(pattern) if not p.name.startswith(".") and not NO_WEIGHTS.match(p.name))
+    return sorted(p for p in files if p.is_file())
+
+
+def _without_variant(kinds: Sequence[list[Path]]) -> list[Path]:
+    """Returns the first kind of files; where these are all of a variant, the first files of the same model without."""
+
+    def model(file: Path) -> str:
+        return file.name.split(".")[0].removeprefix("pytorch_")
+
+    first, *others = kinds
+    if all(VARIANT.search(file.name) for file in first):
+        for kind in others:
+            if plain := [f for f in kind if not VARIANT.search(f.name) and model(f) == model(first[0])]:
+                taken = f"{plain[0].name} is taken, not {first[0].name}, which is a variant"
+                remark(f"{first[0].parent}: {taken}; name the file to take another")
+                return plain
+    return first
 
 
 def _check_average(folder: Path, found: list[Path]) -> None:

@@ -19,6 +19,11 @@ def grid(pictures: np.ndarray, columns: int | None = None) -> Image.Image:
     return Image.fromarray(cells.reshape(rows * height, columns * width, 3))
 
 
+def is_picture(path: Path) -> bool:
+    """Returns whether a name ends as that of a picture does."""
+    return path.suffix.lower() in Image.registered_extensions()
+
+
 def save_grid(pictures: np.ndarray, path: Path, columns: int | None = None, least: int = 256) -> None:
     """Writes a grid as PNG. least: a smaller grid is enlarged by a whole factor, up to this longer side, in pixels."""
     image = grid(pictures, columns)

@@ -24,6 +24,7 @@ TABLE, COPY = "shared.weight", "encoder.embed_tokens.weight"  # two names of the
 FIRST = "encoder.block.0.layer.0.SelfAttention"
 POSITIONS = f"{FIRST}.relative_attention_bias.weight"
 GATE = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+_QUANTISED = (".absmax", ".quant_map", ".SCB")  # of bitsandbytes, in 4 and 8 bits
 _ATTENTION = "encoder.block.{layer}.layer.0"
 _MLP = "encoder.block.{layer}.layer.1"
 
@@ -50,12 +51,17 @@ def _read(found: Found) -> Read | None:
     tensors = found.tensors
     if not {f"{FIRST}.q.weight", GATE} <= tensors.keys() or not {TABLE, COPY} & tensors.keys():
         return None
+    fields = found.json("config.json")
+    needed = "take the checkpoint that was quantised, in bfloat16 or float32"
+    if fields is not None and fields.value("quantization_config") is not None:
+        raise fields.refusal("quantization_config", needed)
+    if any(key.endswith(_QUANTISED) for key in tensors):
+        raise InputError(f"a quantised T5: {needed}")
     if f"{FIRST.replace('.0.', '.1.', 1)}.relative_attention_bias.weight" in tensors:
         raise InputError("a umT5, with a table of positions in every layer; only T5 v1.1, mT5 and ByT5 can be read")
     if POSITIONS not in tensors:
         raise InputError(f"tensor {POSITIONS!r} is missing: a T5 encoder has one; fetch the file again")
     sizes = _sizes(tensors)
-    fields = found.json("config.json")
     if fields is None or "model_type" not in fields:  # a bare file, or the config of another part of a pipeline
         why = "the file contains no config, and every published T5 has this value"
         guesses = (Guess("max_distance", T5Config.max_distance, why), Guess("eps", T5Config.eps, why))

@@ -57,7 +57,12 @@ class T5Tokenizer:
         with readable(folder):
             about, saved = _read_about(folder), (folder / WHOLE).is_file()
             pieces, charsmap, added = _read_json(folder) if saved else _read_spiece(folder, about)
-            return cls(_build(pieces, charsmap, added | about["added"]))
+            added |= about["added"]
+            known = {token.content for token in added.values()}
+            if without := [text for text in about["special"] if text not in known]:
+                needed = f"give it an id in added_tokens_decoder of {CONFIG}, or remove it"
+                raise InputError(f"additional_special_tokens has {without[0]!r}, which has no id: {needed}")
+            return cls(_build(pieces, charsmap, added))
 
     def __call__(self, prompts: Sequence[str], tokens: int) -> Tokens:
         """Returns ids and mask, [n, tokens] each. Prompts that are too long are cut before their last token, which is
@@ -130,6 +135,9 @@ def _read_json(folder: Path) -> tuple[Pieces, bytes, dict[int, AddedToken]]:
     vocabulary = model.get("vocab")
     if not isinstance(vocabulary, list) or not all(_is_piece(entry) for entry in vocabulary):
         raise InputError(f"{WHOLE} has no vocabulary of pieces with their scores; fetch it again")
+    for name in ("padding", "truncation"):
+        if whole.get(name) is not None:
+            Fields(whole[name], f"{WHOLE}: {name}").fixed("direction", "Right")
     charsmap = b""
     for part, known in _KNOWN.items():
         for step in _steps(whole.get(part)):
@@ -175,7 +183,9 @@ def _read_spiece(folder: Path, about: Mapping[str, Any]) -> tuple[Pieces, bytes,
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
-    """Reads transformers' files next to a tokenizer: `extra_ids`, and `added`, the AddedToken of each id."""
+    """Reads transformers' files next to a tokenizer: `extra_ids`, `added`, the AddedToken of each id, and `special`,
+    further special tokens, of which transformers numbers those without an id.
+    """
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     _check_settings(folder, config)
     kind = config.get("tokenizer_class") or "T5Tokenizer"
@@ -190,7 +200,11 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if not isinstance(decoder, dict):
         raise InputError(f"{CONFIG}: added_tokens_decoder is no object; fetch it again")
     pairs = ((int(i) if str(i).isdecimal() else i, token) for i, token in decoder.items())
-    return {"extra_ids": extra_ids, "added": added | _added(pairs)}
+    named = read_json(folder / SPECIAL) if (folder / SPECIAL).is_file() else {}
+    listed = [t for about in (config, named) for t in about.get("additional_special_tokens") or []]
+    texts = [str(token.get("content") if isinstance(token, dict) else token) for token in listed]
+    special = [text for text in texts if not text.startswith("<extra_id_")]
+    return {"extra_ids": extra_ids, "added": added | _added(pairs), "special": special}
 
 
 def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:

@@ -272,6 +272,14 @@ def test_neighbours_are_refused_by_name(tmp_path):
             open_donor(tmp_path / "other.safetensors", [FAMILY])
 
 
+@pytest.mark.parametrize("kind", ["AutoencoderKLTemporalDecoder", "ConsistencyDecoderVAE", "AutoencoderDC", "VQModel"])
+def test_other_classes_of_autoencoders_are_named(kind, tmp_path):
+    rewrite(tmp_path / FILE, {"decoder.up_blocks.0.resnets.0.norm1.weight": np.zeros(1, np.float32)})
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(InputError, match=f"_class_name is '{kind}'; only models where it is 'AutoencoderKL' or"):
+        open_donor(tmp_path, [FAMILY])
+
+
 def test_settings_that_change_nothing_are_read(donor, tmp_path):
     folder = Path(shutil.copytree(GOLDEN, tmp_path / "same"))
     side = donor.cfg.size

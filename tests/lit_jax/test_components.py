@@ -116,8 +116,13 @@ def test_a_chain_that_a_schedulers_defaults_change_is_refused():
     ],
 )
 def test_other_pipelines_are_refused_by_name(tmp_path, kind, says):
-    with pytest.raises(InputError, match=f"is {says}.*only PixArtSigmaPipeline is read"):
+    with pytest.raises(InputError, match=f"is {says}.*only PixArtSigmaPipeline is read; name the parts with --text"):
         check_pipeline(write(tmp_path / "p", SIGMA | {"_class_name": kind}))
+
+
+def test_a_pipeline_with_perturbed_attention_is_read_without_it(tmp_path, remarks):
+    check_pipeline(write(tmp_path / "p", SIGMA | {"_class_name": "PixArtSigmaPAGPipeline"}))
+    assert remarks()[0].endswith("it is drawn without perturbed-attention guidance (PAG)")
 
 
 def test_a_missing_part_is_one_line(tmp_path):
@@ -258,6 +263,17 @@ def test_a_part_in_two_precisions_is_read_as_diffusers_does(tmp_path, remarks):
     assert opened == [root / "transformer" / "x.safetensors"]
     (root / "transformer" / "y.safetensors").write_text("")  # another model
     assert plain_weights(root / "transformer") == root / "transformer" and len(remarks()) == 1
+
+
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_a_pickle_goes_before_the_variant_of_a_part_in_safetensors(variant, tmp_path, remarks):
+    for name in ("model.bin", f"model.{variant}.safetensors"):
+        (tmp_path / name).write_text("")
+    assert plain_weights(tmp_path) == tmp_path / "model.bin"
+    (said,) = remarks()
+    assert f": model.bin is taken, not model.{variant}.safetensors, which is a variant; name the file" in said
+    (tmp_path / "model.safetensors").write_text("")
+    assert plain_weights(tmp_path) == tmp_path / "model.safetensors"
 
 
 def test_the_tokenizer_of_a_text_encoder_that_is_a_file_lies_next_to_its_folder(tmp_path):

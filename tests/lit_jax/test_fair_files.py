@@ -142,6 +142,17 @@ def test_the_scale_of_latents_is_read_and_kept(tmp_path):
         assert "was trained on latents with 0.5: name" in said
 
 
+def test_another_autoencoder_in_the_arguments_is_named_and_kept(tmp_path):
+    usual = read(tensors_of(), tmp_path, vae="ema")
+    assert other_scale(replace(opened(tensors_of(), tmp_path, heads=4), known=usual.known), 0.18215, "cache") == ""
+    known = read(tensors_of(), tmp_path, vae="stabilityai/sdxl-vae").known
+    donor = replace(opened(tensors_of(), tmp_path, heads=4), known=known)
+    convert(donor, tmp_path / "ours", "heirloom", verify=False)
+    for given in (donor, open_donor(tmp_path / "ours", [FAMILY])):
+        assert other_scale(given, 0.13025, "hf:stabilityai/sdxl-vae") == ""
+        assert "name the autoencoder 'stabilityai/sdxl-vae': check" in other_scale(given, 0.18215, "sd-vae-ft-ema")
+
+
 def test_another_model_in_the_file_is_named(tmp_path):
     vae = {f"vae.{name}.weight": np.zeros(1, np.float32) for name in "abc"}
     with pytest.raises(InputError, match=r"'vae.a.weight' is not part of .*; if 'vae' is another model, save the"):

@@ -12,7 +12,7 @@ from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax.aspect import nearest_size, parse_size, trained_sizes
 from lit_jax.denoiser import PromptConfig
 from lit_jax.pixart import PixArtConfig
-from lit_jax.prompted import _about
+from lit_jax.prompted import _about, _folder
 from lit_jax.prompts import Album, Prompt, read_prompts, read_settings
 from lit_jax.text_to_image import Request, TextToImage
 
@@ -196,3 +196,19 @@ def test_pictures_depend_on_the_weights_of_the_text_encoder(tmp_path):
     for pipe, old in zip(pipes, before, strict=True):
         new = _about(pipe, Request("a cow"), PromptConfig(), 0)
         assert {name for name in new if new[name] != old[name]} == {"text_encoder"}
+
+
+def test_half_a_character_in_a_prompt_is_replaced_before_anything_is_drawn(tmp_path):
+    """JSON and terminals may have them; UTF-8, in which a picture keeps its prompt, has not."""
+    request = Request("a \ud83d\ude00", negative="\ud83d cat", count=1)
+    assert (request.prompt, request.negative) == ("a \N{GRINNING FACE}", "\N{REPLACEMENT CHARACTER} cat")
+
+
+def test_a_folder_of_pictures_may_have_a_dot_in_its_name(tmp_path):
+    assert _folder(tmp_path / "cfg4.5").is_dir()
+    (tmp_path / "apples.png").mkdir()
+    assert _folder(tmp_path / "apples.png").is_dir()
+    (tmp_path / "file").touch()
+    for name in ("a.png", "a.JPG", "file"):
+        with pytest.raises(InputError, match=f"{name}: pictures of prompts go into a folder; give the name of a"):
+            _folder(tmp_path / name)

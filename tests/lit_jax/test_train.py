@@ -247,6 +247,12 @@ def test_mistakes_of_sampling_are_one_line(distilled, tmp_path, capsys, argument
     assert not (tmp_path / "x.png").exists()
 
 
+def test_a_grids_name_may_have_a_dot(distilled, tmp_path):
+    out = tmp_path / "cfg4.5"
+    assert main(["sample", str(distilled), "--out", str(out), "--class", "1", "--count", "1", "--steps", "2"]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_sample_that_is_not_finite_stops_command_and_training_grid(distilled, tmp_path, capsys, monkeypatch):
     broken = tmp_path / "broken"
     broken.mkdir()

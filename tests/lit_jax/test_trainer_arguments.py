@@ -105,10 +105,22 @@ def test_settings_of_other_things_are_no_reason_to_refuse(tmp_path, remarks):
     usual |= dict(noise_type="gaussian", betas=(0.9, 0.999), scheduler=dict(type="cosine"), pred_sigma=True)
     usual |= dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=None, snr_shift_scale=1)
     usual |= dict(data=dict(type="optical_flow"), path_type="none", test_data=dict(target="sample"))
+    usual |= dict(unipc_scheduler=dict(predict_x0=True), sampling=dict(num_timesteps=20, predict_x0=True))
+    usual |= dict(augmentation=dict(noise_steps=3), predict_x0=False, noise_pred=True, cosine_schedule=False)
+    usual |= dict(train_sampling_steps=1000, noise_shift=1, vae_shift=0.0, standardize_latents=False, x_pred="eps")
+    usual |= dict(diffusion_type="ddpm", cosine_annealing=True, alpha_schedule="linear", timesteps_per_batch=64)
     found = read({"args": usual | {"num_heads": 4}}, tmp_path)
     assert found.known == {} and remarks() == []
-    read({"args": dict(num_heads=4, model="DiT-S/2", num_classes=5, schedule="cosine")}, tmp_path)
-    assert remarks() == ["schedule cosine, saved with the tensors, is taken for that of the learning rate"]
+    assert "prediction" not in reasons(read({"args": dict(model_mean_type="ModelMeanType.EPSILON")}, tmp_path))
+
+
+@pytest.mark.parametrize("setting", [dict(schedule="cosine"), dict(schedule_type="cosine"), dict(cosine_schedule=True)])
+def test_a_schedule_that_may_be_the_learning_rates_is_remarked(setting, tmp_path, remarks):
+    read({"args": dict(num_heads=4, model="DiT-S/2", num_classes=5) | setting}, tmp_path)
+    (said,) = remarks()
+    assert said.endswith(", saved with the tensors, is taken for that of the learning rate")
+    with pytest.raises(InputError, match=EVERY):
+        read({"args": dict(diffusion=setting)}, tmp_path)
 
 
 SAID = [
@@ -156,6 +168,23 @@ SAID = [
             "latents_std": "stats.pt",
         }.items()
     ),
+    *(
+        (dict(model="DiT-S/2") | {name: value}, f"trained with {name} {value}; only models ")
+        for name, value in {
+            **dict.fromkeys(("pred_x0", "predict_x0", "x0_pred", "x_prediction", "predict_x_start"), True),
+            **dict.fromkeys(("predict_epsilon", "predict_noise", "epsilon_prediction", "pred_eps"), False),
+            **dict.fromkeys(("num_timesteps", "n_timesteps", "noise_steps", "train_timesteps"), 4000),
+            "train_sampling_steps": 4000,
+            "model_mean_type": "ModelMeanType.START_X",
+            "diffusion_type": "edm",
+            "alpha_schedule": "cosine",
+            "cosine_noise": True,
+            "noise_shift": 2.0,
+            "standardize_latents": True,
+            "use_latent_stats": True,
+            "vae_shift": 0.06,
+        }.items()
+    ),
     (dict(diffusion=dict(schedule="cosine")), "trained with diffusion.schedule cosine"),
     (dict(diffusion=dict(flow_matching=True)), "trained with diffusion.flow_matching True"),
     (dict(scheduler=dict(type="flow_match")), "trained with scheduler.type flow_match"),
@@ -201,6 +230,8 @@ def test_a_pixarts_own_arguments_are_read(tmp_path):
         (dict(rope=dict(scale_factor=2.0)), None),
         (dict(model=dict(upsampler=dict(scale_factor=2.0))), None),
         (dict(vae_scale_factor=8), None),
+        (dict(vae_scale=0.5), 0.5),
+        (dict(vae_scaling=0.5), 0.5),
     ],
 )
 def test_the_scale_of_latents_is_that_of_an_autoencoder_or_of_the_top_level(args, scale, tmp_path, remarks):

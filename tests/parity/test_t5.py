@@ -173,7 +173,7 @@ CHANGES = {
     "num_layers": (3, "num_layers is 3, and the weights have 2; is it the config of another model?"),
     "num_heads": (8, "num_heads is 8, and the weights have 4"),
     "d_kv": (8, "d_kv is 8, and the weights have 16"),
-    "quantization_config": ({"bits": 8}, "the field 'quantization_config' ({'bits': 8}) is not known here"),
+    "quantization_config": ({"bits": 8}, "quantization_config is {'bits': 8}; take the checkpoint that was quantised"),
     "is_decoder": (True, "is_decoder is True"),
 }
 

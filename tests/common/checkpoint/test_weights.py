@@ -197,3 +197,12 @@ def test_shards_next_to_the_same_weights_in_one_file(tmp_path):
     assert weights_files(index) == [index] and float(open_weights(index).tensors["a"]) == 1
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
     assert weights_files(tmp_path) == [index] and float(open_weights(index).tensors["a"]) == 2
+
+
+def test_what_is_not_the_average_is_no_average(tmp_path):
+    for name in ("a.safetensors", "a.non_ema.bin"):
+        (tmp_path / name).write_text("")
+    assert weights_files(tmp_path) == [tmp_path / "a.safetensors"]
+    (tmp_path / "a_ema.bin").write_text("")
+    with pytest.raises(InputError, match=r"holds a\.safetensors and its average a_ema\.bin"):
+        weights_files(tmp_path)

@@ -1,5 +1,6 @@
 """A T5 with int8 kernels: its error, and the encoder that reads it layer by layer."""
 
+import json
 from types import SimpleNamespace
 
 import jax
@@ -8,11 +9,13 @@ import pytest
 from qwix import QArray
 
 from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.family import Found
 from heirloom.common.checkpoint.quantization import quantize_folder
 from heirloom.common.checkpoint.weights import write_config, write_params
+from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from lit_jax.text.encoder import Row, TextEncoder
-from lit_jax.text.layouts import FAMILY
+from lit_jax.text.layouts import FAMILY, FIRST, FORMATS, GATE, TABLE
 from lit_jax.text.t5 import T5Config, T5Encoder
 from lit_jax.text.verify import features, inputs
 
@@ -48,3 +51,13 @@ def test_the_encoder_keeps_int8_layers_and_computes_what_the_model_does(folders,
     values = {k: np.asarray(v) for k, v in open_donor(folders[1], [FAMILY]).source.values.items()}
     expected = functional(T5Encoder, CFG).apply(values, np.array([row], np.int32), np.ones((1, 17), bool))[0]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("sign", [f"{FIRST}.q.weight.absmax", f"{FIRST}.q.SCB"])
+def test_a_t5_of_bitsandbytes_is_named_before_its_sizes_are_compared(sign, tmp_path):
+    tensors = dict.fromkeys((f"{FIRST}.q.weight", GATE, TABLE, sign), np.zeros((128, 1), np.uint8))
+    with pytest.raises(InputError, match="a quantised T5: take the checkpoint that was quantised, in bfloat16 or"):
+        FORMATS[0].read_config(Found(tensors, tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"d_kv": 64, "quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(InputError, match=r"quantization_config is \{'load_in_4bit': True\}; take the checkpoint that"):
+        FORMATS[0].read_config(Found(tensors, tmp_path))

@@ -114,6 +114,8 @@ DAMAGES = {
     "no pieces": (lambda c: c["model"].update(vocab={"a": 1}), "has no vocabulary of pieces with their scores"),
     "another end": (another_end, "the token 1 is '<eos>', and T5's is '</s>'"),
     "charsmap": (lambda c: c["normalizer"].update(precompiled_charsmap="AAAA"), "is not readable as a tokenizer"),
+    "cut": (lambda c: c.update(truncation={"direction": "Left"}), "truncation: direction is 'Left'; only models where"),
+    "padded": (lambda c: c.update(padding={"direction": "Left"}), "padding: direction is 'Left'; only models where it"),
     "added": (lambda c: c["added_tokens"].append({"id": 9, "content": "x"}), "the added token 'x' has id 9, where the"),
 }  # fmt: skip
 
@@ -151,6 +153,7 @@ def test_byt5_is_refused_by_name(spiece):
 SETTINGS = {
     "add_eos_token": (False, "add_eos_token is False; only models where it is True or None can be read"),
     "padding_side": ("left", "padding_side is 'left'; only models where it is 'right' or None can be read"),
+    "additional_special_tokens": (["<extra_id_0>", "fox"], "has 'fox', which has no id: give it an id in"),
     "split_special_tokens": (True, "split_special_tokens is True"),
     "eos_token": ({"content": "<end>"}, "eos_token is {'content': '<end>'}, and T5's is '</s>'"),
 }
