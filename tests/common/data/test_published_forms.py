@@ -127,7 +127,7 @@ def test_parquet_of_several_splits_is_not_mixed(tmp_path, picture, names):
 
 def test_a_dotted_name_in_a_shard(tmp_path, picture):
     shard = tar(tmp_path / "0.tar", {"1.png": picture(0), "1.txt": b"a", "2.v1.png": picture(0), "2.txt": b"b"})
-    with pytest.raises(InputError, match=r"ends at its first dot: rename 2\.v1\.png to 2_v1\.png"):
+    with pytest.raises(InputError, match=r"ends at its first dot: rename 2\.v1\.png to 2\.png"):
         open_source(SourceConfig(shard))
     shard = tar(tmp_path / "1.tar", {"a.b.c.png": picture(0), "a.b.c.txt": b"a"})
     with pytest.raises(InputError, match=r"rename a\.b\.c\.png to a_b_c\.png"):
@@ -173,7 +173,7 @@ def test_tables_in_another_encoding(tmp_path, data, message):
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("a.jsonl", r"pandas\.read_json\('.*a\.jsonl', lines=True\)\.to_csv\('a\.csv', index=False\)"),
+        ("a.jsonl", r"pandas\.read_json\('.*a\.jsonl', lines=True\)\.to_csv\('/.*/a\.csv', index=False\)"),
         ("a.arrow", r"datasets\.Dataset\.from_file\('.*a\.arrow'\)\.to_parquet\('a\.parquet'\)"),
         ("dataset_dict.json", r"datasets\.load_from_disk\('.*'\)\[SPLIT\]\.to_parquet"),
         ("data-00000-of-00001.arrow", r"datasets\.load_from_disk\('.*'\)\.to_parquet"),
