@@ -122,6 +122,22 @@ def test_parquet_of_several_splits_is_not_mixed(tmp_path, picture, names):
     assert [r["text"] for r in open_source(SourceConfig(str(tmp_path), split="train"))] == [names[0]]
 
 
+@pytest.mark.parametrize("file", ["plain_text/test-00000-of-00001", "data/test/0000", "default/test/0000"])
+def test_a_clone_with_its_parquet_in_the_folder_of_a_configuration(tmp_path, picture, file):
+    for split in ("train", "test"):
+        path = tmp_path / f"{file.replace('test', split)}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.table({"image": [picture(0)], "caption": [split]}), path)
+    (tmp_path / "README.md").write_text("")
+    assert [r["text"] for r in open_source(SourceConfig(str(tmp_path), split="test"))] == ["test"]
+    with pytest.raises(InputError, match="has the splits test, train: say which one with split"):
+        open_source(SourceConfig(str(tmp_path)))
+    (tmp_path / "other").mkdir()
+    path.rename(tmp_path / "other" / "0.parquet")
+    with pytest.raises(InputError, match=r"has the configurations .*other.*: give the folder of one, such as /"):
+        open_source(SourceConfig(str(tmp_path), split="test"))
+
+
 # What is refused with a way on
 
 
