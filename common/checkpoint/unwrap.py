@@ -105,8 +105,8 @@ def weights_files(path: Path) -> list[Path]:
                 _check_index(index)
             _check_average(path, found)
             return found
-    if (path / "modules.json").is_file() and (parts := sorted(p.parent for p in path.glob("*/config.json"))):
-        named = " or ".join(map(str, parts))
+    if (path / "modules.json").is_file() and (found := sorted(path.glob("*/config.json"))):
+        named = " or ".join(str(file.parent) for file in found)
         raise InputError(f"{path} is a model of sentence-transformers in parts: name the one with the weights, {named}")
     raise InputError(f"{path} holds {NOTHING}")
 

@@ -87,7 +87,7 @@ def _open(cfg: SourceConfig) -> Source:
 def _folder(folder: AnyPath, cfg: SourceConfig) -> Source:
     """Opens a folder of parquet (in it, or in data/ as at Hugging Face), tar shards, arrays, pictures or splits.
 
-    Or a clone of Hugging Face's hub, whose parquet is in the folder of a configuration, and in one for each split there.
+    Or a clone of Hugging Face's hub, with its parquet in the folder of a configuration, or in one for each split there.
     """
     if files := _parquet(folder):
         return ParquetSource(files, cfg)
