@@ -149,7 +149,7 @@ def _sizes(fields: Fields, model: Model) -> dict[str, Any]:
         width=fields.integer("hidden_size", 768),
         layers=fields.integer("num_hidden_layers", 12),
         heads=fields.integer("num_attention_heads", 12),
-        activation=fields.choice("hidden_act", HF_ACTIVATIONS, usual["hidden_act"]),
+        activation=fields.choice("hidden_act", HF_ACTIVATIONS, usual["hidden_act"], near=False),
         eps=fields.number("layer_norm_eps", usual["layer_norm_eps"]),
     )
     if model not in (DINO, REGISTERS):

@@ -117,7 +117,7 @@ def _sizes(tower: Fields) -> dict[str, Any]:
         layers=tower.integer("num_hidden_layers"),
         heads=tower.integer("num_attention_heads"),
         hidden=tower.integer("intermediate_size"),
-        activation=tower.choice("hidden_act", HF_ACTIVATIONS),
+        activation=tower.choice("hidden_act", HF_ACTIVATIONS, near=False),
         eps=tower.number("layer_norm_eps"),
     )
 

@@ -26,6 +26,7 @@ _CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "
 _OWN: tuple[str, ...] = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "ls_init_value")
 _OWN += ("attentional_pool", "attn_pooler_*", "no_ln_pre", "pos_embed_type", "final_ln_after_pool", "pool_type")
 _OWN += ("act_kwargs", "norm_kwargs", "block_type")
+_RESIZED = "open_clip resizes the positions when it loads them; write the size of the weights here"
 _TIMM_POOLS = {name: name for name in ("", "avg", "token", "map")}
 
 
@@ -43,6 +44,8 @@ def read(found: Found) -> Read | None:
     file = found.json(CONFIG)
     if file is None and trunk:
         raise InputError(f"its image tower is of timm, and only {CONFIG} says which: put it next to the weights")
+    if file is None and "cls_emb" in tensors:
+        raise InputError("it is a CoCa of open_clip, which has a decoder of captions: only CLIPs are read, take one")
     if file is not None:
         file.skip("preprocess_cfg", "tokenizer_cfg", "version", "license*", "_*")  # preprocessing is read elsewhere
         if "model_cfg" not in file:
@@ -90,11 +93,16 @@ def _refuse_others(model: Fields) -> None:
     model.fixed("multimodal_cfg", None, feature="a decoder of captions, CoCa")
     image, text = model.object("vision_cfg"), model.object("text_cfg")
     text.fixed("hf_model_name", None, "", feature="a text tower of transformers")
-    name = image.value("timm_model_name") or ""
+    name = _architecture(image)
     if name and name not in table():
         raise image.refusal("timm_model_name", "of timm only its VisionTransformer is read as image tower")
     if name:
         arguments(name, {}, image.where)
+
+
+def _architecture(image: Fields) -> str:
+    """Return timm's name of the image tower, without the tag of its weights (vit_tiny_patch16_224.augreg_in21k)."""
+    return (image.text("timm_model_name", None) or "").partition(".")[0]
 
 
 def _config(cfg: ClipConfig, model: Fields) -> ClipConfig:
@@ -142,7 +150,7 @@ def _image(c: ImageConfig, image: Fields, activation: Activation) -> ImageConfig
     image.fixed("timm_model_name", None, "")
     image.skip("timm_*", "attn_pooler_*")
     image.agree("patch_size", image.square("patch_size", 16), c.patch)
-    image.agree("image_size", image.square("image_size", 224), c.size)
+    image.agree("image_size", image.square("image_size", 224), c.size, _RESIZED)
     image.agree("no_ln_pre", image.boolean("no_ln_pre", False), not c.pre_norm)
     image.fixed("attentional_pool", False)
     image.fixed("pos_embed_type", "learnable", "sin_cos_2d")  # either is a tensor of the file
@@ -153,7 +161,7 @@ def _image(c: ImageConfig, image: Fields, activation: Activation) -> ImageConfig
 
 def _timm(c: VitImageConfig, image: Fields, joint: int) -> VitImageConfig:
     """Complete timm's ViT with what its architecture of this name has, as open_clip's TimmModel builds it."""
-    name = image.text("timm_model_name")
+    name = _architecture(image)
     image.skip(*_OWN, "timm_model_pretrained", "timm_drop", "timm_drop_path")
     pool = image.choice("timm_pool", _TIMM_POOLS, "avg")
     kinds: dict[str, Any] = {"none": "none", "": "affine", "linear": "linear"}
@@ -208,7 +216,7 @@ def _agree(fields: Fields, name: str, usual: int, actual: int) -> None:
 def _text(c: TextConfig, text: Fields, activation: Activation) -> TextConfig:
     text.fixed("embed_cls", False)
     text.boolean("final_ln_after_pool", False)  # the same for one token
-    _agree(text, "context_length", 77, c.context)
+    text.agree("context_length", text.integer("context_length", 77), c.context, _RESIZED)
     _agree(text, "vocab_size", 49408, c.vocab)
     bias = text.boolean("proj_bias", False)
     kind = text.choice("proj_type", {"linear": "affine" if bias else "linear", "none": "none"}, "linear")

@@ -140,11 +140,11 @@ class Fields:
         """Reads a string."""
         return self._take(name, default, str, "a string")
 
-    def choice(self, name: str, known: Mapping[str, T], default: str = _REQUIRED) -> T:
-        """Looks up the field's string in `known`."""
+    def choice(self, name: str, known: Mapping[str, T], default: str = _REQUIRED, *, near: bool = True) -> T:
+        """Looks up the field's string in `known`. near: an error may name the nearest of them."""
         value = self._take(name, default, str, "a string")
         if value not in known:
-            hint = nearest(str(value), known)
+            hint = nearest(str(value), known) if near else ""
             raise InputError(f"{self.where}: {name} is {value!r}{hint}; only {', '.join(map(repr, known))} can be read")
         return known[value]
 
@@ -205,12 +205,10 @@ class Fields:
                 " be read"
             )
 
-    def agree(self, name: str, said: T, actual: T) -> None:
+    def agree(self, name: str, said: T, actual: T, advice: str = "is it the config of another model?") -> None:
         """Refuses a size that differs from that of the weights: then the config belongs to another model."""
         if said != actual:
-            raise InputError(
-                f"{self.where}: {name} is {said}, and the weights have {actual}; is it the config of another model?"
-            )
+            raise InputError(f"{self.where}: {name} is {said}, and the weights have {actual}; {advice}")
 
     def skip(self, *names: str) -> None:
         """Accepts fields, or globs of fields, that do not change what the model computes."""

@@ -15,6 +15,7 @@ from heirloom.common.data.class_names import Names, as_words, match, natural
 from heirloom.common.data.sources import Record, Source, SourceConfig, open_source
 from heirloom.common.data.sources.record import key_of
 from heirloom.common.errors import InputError, nearest, remark
+from heirloom.common.evaluate.imagenet import is_class_list
 from heirloom.common.paths import AnyPath
 
 LABELS = "labels.json"
@@ -139,6 +140,8 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
             remark(f"{path}: its classes are numbered in alphabetical order, so {first}; for timm that is {theirs}")
         return in_order
     if list(known) == list(names):  # two classes may have the same name, which matches neither
+        return in_order
+    if is_class_list(known) and is_class_list([name or "" for name in names]):  # some synonyms are of two classes
         return in_order
     found = match(known, names)
     if None in found and None not in (plain := match(as_words(known), names)):  # 002.Laysan_Albatross, of all

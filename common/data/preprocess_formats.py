@@ -18,16 +18,18 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BYTE = 255  # largest pixel value; our pixels are divided by it
 
 # Defaults of transformers' image processors. With `default_to_square` an integer size squashes.
+_OPENAI = dict(image_mean=list(Preprocess().mean), image_std=list(Preprocess().std))
+_HALF = dict(image_mean=0.5, image_std=0.5)
 _CROPPED, _SQUASHED = dict(do_center_crop=True, crop_size=224), dict(do_center_crop=False, crop_size=None)
+_SHORTEST = dict(size={"shortest_edge": 224}, default_to_square=False)
 _SQUARE = {"height": 224, "width": 224}
+_LARGER = {"height": 256, "width": 256}
 _PROCESSORS: dict[str, dict[str, Any]] = {
-    "CLIP": _CROPPED | dict(resample=3, size={"shortest_edge": 224}, default_to_square=False, do_convert_rgb=True),
-    "ViT": _SQUASHED | dict(resample=2, size=_SQUARE, default_to_square=True, do_convert_rgb=False),
-    "DeiT": (
-        _CROPPED | dict(resample=3, size={"height": 256, "width": 256}, default_to_square=True, do_convert_rgb=False)
-    ),
-    "Bit": _CROPPED | dict(resample=3, size={"shortest_edge": 224}, default_to_square=False, do_convert_rgb=True),
-    "Siglip": _SQUASHED | dict(resample=3, size=_SQUARE, default_to_square=False, do_convert_rgb=True),
+    "CLIP": _OPENAI | _CROPPED | _SHORTEST | dict(resample=3, do_convert_rgb=True),
+    "ViT": _HALF | _SQUASHED | dict(resample=2, size=_SQUARE, default_to_square=True, do_convert_rgb=False),
+    "DeiT": _HALF | _CROPPED | dict(resample=3, size=_LARGER, default_to_square=True, do_convert_rgb=False),
+    "Bit": _OPENAI | _CROPPED | _SHORTEST | dict(resample=3, do_convert_rgb=True),
+    "Siglip": _HALF | _SQUASHED | dict(resample=3, size=_SQUARE, default_to_square=False, do_convert_rgb=True),
 }
 _PROCESSING: tuple[str, ...] = ("do_resize", "size", "resample", "do_center_crop", "crop_size")
 _PROCESSING += ("do_rescale", "rescale_factor", "do_normalize")

@@ -68,19 +68,21 @@ def readable(path: Path) -> Iterator[None]:
 
 
 class Tokenizer:
-    """Converts strings to ids like CLIP: SOT, the tokens of the cleaned text, EOT, then zeros.
+    """Converts strings to ids like CLIP: SOT, the tokens of the cleaned text, EOT, then `pad`, which is usually 0.
 
     Tokens added to a vocabulary, such as those of textual inversion, are found in captions like in transformers.
     Deviation: the text "<|endoftext|>" in a caption is tokenised like any other text, so no caption can end early.
     """
 
-    pad = 0
-    """Id of padding."""
+    def __init__(self, bpe: tokenizers.Tokenizer, pad: int = 0):
+        """Takes the start and end token that `bpe` adds, or known ones by name. Raises InputError if it has none.
 
-    def __init__(self, bpe: tokenizers.Tokenizer):
-        """Takes the start and end token that `bpe` adds, or known ones by name. Raises InputError if it has none."""
+        pad: id of padding.
+        """
         bpe.no_padding()
         bpe.no_truncation()
+        self.pad = pad
+        """Id of padding."""
         vocab = bpe.get_vocab()
         around = bpe.encode("").ids
         names = next((pair for pair in NAMES if vocab.keys() >= set(pair)), None)
@@ -112,8 +114,8 @@ class Tokenizer:
         """The id of each token."""
         return self._bpe.get_vocab()
 
-    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[tokenizers.Tokenizer]]:
-        return Tokenizer, (self._bpe,)  # calls __init__ again: pickling loses `encode_special_tokens`
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[tokenizers.Tokenizer, int]]:
+        return Tokenizer, (self._bpe, self.pad)  # calls __init__ again: pickling loses `encode_special_tokens`
 
     @classmethod
     def clip(cls) -> "Tokenizer":
@@ -122,11 +124,12 @@ class Tokenizer:
         return cls(_clip_style([(left, right) for left, right in map(str.split, lines)]))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path: str | Path, *, pads: bool = False) -> "Tokenizer":
         """Reads a tokenizer.json, or a folder with one, or with the vocab.json and merges.txt of a Hugging Face CLIP.
 
         Added tokens and the start and end token come from tokenizer_config.json, special_tokens_map.json and
-        added_tokens.json. Raises InputError when the files are missing, damaged or disagree.
+        added_tokens.json. pads: pad with the pad_token of these files, as transformers does; else with 0, or as `save`
+        wrote. Raises InputError when the files are missing, damaged or disagree.
         """
         path = Path(path)
         file, folder = (path, path.parent) if path.is_file() else (path / "tokenizer.json", path)
@@ -137,7 +140,11 @@ class Tokenizer:
             about = read_about(folder)
             check_ids(file if file.is_file() else vocab)
             bpe = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else _from_tables(vocab, merges)
-            return cls(completed(bpe, about))
+            pad = (bpe.padding or {}).get("pad_id", 0) if not (folder / "tokenizer_config.json").is_file() else 0
+            bpe = completed(bpe, about)
+            if pads and (pad := bpe.token_to_id(token := about["pad"] or EOT)) is None:
+                raise InputError(f"the padding token {token!r} is not in the vocabulary; use files of one model")
+            return cls(bpe, pad)
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -161,15 +168,18 @@ class Tokenizer:
     def save(self, folder: str | Path) -> Path:
         """Writes `folder`/tokenizer.json, which `load` and `transformers.CLIPTokenizerFast` read. Returns the file."""
         file = Path(folder) / "tokenizer.json"
+        if self.pad:
+            self._bpe.enable_padding(pad_id=self.pad, pad_token=str(self._bpe.id_to_token(self.pad)))
         self._bpe.save(str(file))
+        self._bpe.no_padding()
         return file
 
     def __call__(self, texts: str | Iterable[str], context: int) -> np.ndarray:
-        """Returns ids, int32 [n, context] (n = 1 for a string): cut to `context` with EOT last, padded with 0."""
+        """Returns ids, int32 [n, context] (n = 1 for a string): cut to `context` with EOT last, padded with `pad`."""
         if context < 2:
             raise InputError(f"context {context} is too small for the start and end tokens: choose 2 or more")
         texts = strings(texts)
-        out = np.zeros((len(texts), context), np.int32)
+        out = np.full((len(texts), context), self.pad, np.int32)
         found = self._encoder.encode_batch([self._clean(t) for t in texts], add_special_tokens=False)
         for row, encoding in zip(out, found, strict=True):
             ids = [self.sot, *encoding.ids[: context - 2], self.eot]
@@ -202,7 +212,7 @@ def _padded(text: str, cleaned: str) -> str:
 
 def read_about(folder: Path) -> dict[str, Any]:
     """Reads transformers' files about a tokenizer: `bos_token` and `eos_token`, `added`, the AddedToken of each id,
-    `special`, the tokens with another part, such as padding, and `extra`, further special ones.
+    `special`, the tokens with another part, `pad`, that of padding or None, and `extra`, further special ones.
 
     As in transformers, the `added_tokens_decoder` of tokenizer_config.json replaces added_tokens.json and
     special_tokens_map.json; without it, what the map says stands for what the config says.
@@ -237,7 +247,7 @@ def read_about(folder: Path) -> dict[str, Any]:
                 shown = str(decoder)[:80]
                 raise InputError(f"{name}: added_tokens_decoder is {shown}; it must hold a token by id") from error
             decoded = True
-    return found | {"special": list(parts.values())}
+    return found | {"special": list(parts.values()), "pad": parts.get("pad_token")}
 
 
 def _content(token: Any) -> Any:

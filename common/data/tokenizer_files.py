@@ -81,9 +81,9 @@ def load_tokenizer(path: str | Path, assumed: str = "") -> CaptionTokenizer:
     """
     path = Path(path)
     kind = kind_of(path, assumed)
-    if kind in ("clip", "none"):
-        return Tokenizer.load(path)
     file, folder = _places(path)
+    if kind in ("clip", "none"):
+        return _clip(path, folder)
     with readable(path):
         return _from_spiece(folder) if kind == "siglip" else _from_json(file, folder)
 
@@ -183,6 +183,24 @@ def _of_open_clip(folder: Path) -> list[Any]:
     options.fixed("strip_sep_token", False)
     options.done("the tokens of a caption")
     return cleaning
+
+
+def _clip(path: Path, folder: Path) -> Tokenizer:
+    """Reads a tokenizer of CLIP's kind. Raises InputError for what open_clip's HFTokenizer would do to a text besides.
+
+    Its padding is that of the files, which only a text tower without causal mask sees.
+    """
+    whole = Fields(read_json(folder / OPEN_CLIP) if (folder / OPEN_CLIP).is_file() else {}, OPEN_CLIP)
+    text = whole.object("model_cfg").object("text_cfg")
+    if not text.value("hf_tokenizer_name"):
+        return Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path, pads=text.boolean("no_causal_mask", False))
+    text.fixed("tokenizer_mode", None, "")
+    options = text.object("tokenizer_kwargs")
+    options.fixed("clean", "whitespace", *["lower"] * bool((tokenizer("A", 3) == tokenizer("a", 3)).all()))
+    options.fixed("strip_sep_token", False)
+    options.done("the tokens of a caption")
+    return tokenizer
 
 
 def _check_steps(whole: Mapping[str, Any], kind: str) -> None:

@@ -33,9 +33,11 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 }
 # The names of transformers (`hidden_act`); the last name of an activation is the one that is written.
 HF_ACTIVATIONS: dict[str, Activation] = {
+    "gelu_python": "gelu",
     "gelu": "gelu",
     "quick_gelu": "quick_gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "swish": "silu",
     "silu": "silu",

@@ -313,6 +313,11 @@ def test_a_pipeline_and_an_adapter_are_named_with_what_to_do(tmp_path):
         InputError, match=r"a pipeline of several models; name one of them: .*pipe/transformer, .*pipe/vae"
     ):
         weights_files(tmp_path / "pipe")
+    (tmp_path / "st" / "0_CLIPModel").mkdir(parents=True)
+    (tmp_path / "st" / "0_CLIPModel" / "config.json").write_text("{}")
+    (tmp_path / "st" / "modules.json").write_text('[{"idx": 0, "path": "0_CLIPModel"}]')
+    with pytest.raises(InputError, match=r"name the one with the weights, .*st/0_CLIPModel$"):
+        weights_files(tmp_path / "st")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="holds an adapter, not a model: merge it into its base"):

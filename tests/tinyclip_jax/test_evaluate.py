@@ -21,6 +21,7 @@ from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
+from heirloom.common.evaluate.imagenet import CLASSES
 from heirloom.common.nn.functional import functional
 from tinyclip_jax.evaluate import Words
 from tinyclip_jax.model import Clip
@@ -306,6 +307,18 @@ def test_folders_by_wordnet_identifier_find_their_class(weights, pictures, tmp_p
         shutil.copytree(pictures / "ant", folder / identifier)
     data = open_labelled(SourceConfig(str(folder)), "label", 1000, Words.of("imagenet", None).synonyms)
     assert [int(data[i]["label"]) for i in range(3)] == [0, 235, 999]
+
+
+def test_classes_of_imagenet_at_the_hub_are_taken_in_their_order(pictures, tmp_path):
+    """The class label of its parquet has WordNet's synonyms, of which some name two classes."""
+    names = [name for _, name in CLASSES]
+    names[264] = "Cardigan, Cardigan Welsh corgi"
+    cells = pyarrow.table({"image": [(pictures / "ant" / "one.png").read_bytes()] * 2, "label": [264, 474]})
+    about = {"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}}
+    parquet.write_table(cells.replace_schema_metadata({"huggingface": json.dumps(about)}), tmp_path / "a.parquet")
+    cfg = SourceConfig(str(tmp_path / "a.parquet"), text="")
+    data = open_labelled(cfg, "label", 1000, Words.of("imagenet", None).synonyms)
+    assert [int(data[i]["label"]) for i in range(2)] == [264, 474]
 
 
 def test_weights_of_nan_have_no_score(weights, pictures, tmp_path, capsys):

@@ -84,6 +84,7 @@ def test_a_config_dict_wins_with_the_defaults_of_what_it_leaves_out(read, plain)
         (text(position_embedding_type="relative_key"), "text_config: the field 'position_embedding_type'"),
         (image(image_size=[32, 16]), r"vision_config: image_size is \[32, 16\]; only squares can be read"),
         (image(num_channels=1), "vision_config: num_channels is 1; only models where it is 3 can be read"),
+        (image(hidden_act="relu"), "hidden_act is 'relu'; only 'gelu_python', 'gelu'"),
         (image(use_head=True), "vision_config: the field 'use_head'"),
         (top(quantization_config={"bits": 4}), "the field 'quantization_config'"),
         (top(text_config=[1]), r"text_config is \[1\], not an object"),
@@ -171,17 +172,18 @@ def test_open_clips_fields_that_change_nothing_are_passed_over(harmless, read, p
         (text_cfg(hf_model_name="roberta-base"), "text_cfg: hf_model_name is 'roberta-base'"),
         (text_cfg(heads="2"), "text_cfg: heads is '2', and must be a whole number"),
         (text_cfg(layers=7), "text_cfg: layers is 7, and the weights have 3"),
-        (text_cfg(context_length=77), "text_cfg: context_length is 77, and the weights have 12"),
+        (text_cfg(context_length=77), "context_length is 77, and the weights have 12; open_clip resizes"),
         (vision_cfg(pool_type="none"), "vision_cfg: pool_type is 'none'"),
         (vision_cfg(attentional_pool=True), "vision_cfg: attentional_pool is True"),
         (vision_cfg(no_ln_pre=True), "vision_cfg: no_ln_pre is True"),
         (vision_cfg(ls_init_value=1e-5), "vision_cfg: ls_init_value is 1e-05"),
         (vision_cfg(qk_norm=True), "vision_cfg: qk_norm is True"),
         (vision_cfg(timm_model_name="vit_base_patch16_224"), "vision_cfg: timm_model_name is 'vit_base_patch16_224'"),
+        (vision_cfg(timm_model_name="vit_base_patch16_224.augreg_in21k"), "augreg_in21k'; only models where"),
         (vision_cfg(timm_model_name="swin_tiny"), "timm_model_name is 'swin_tiny'; of timm only its VisionTransformer"),
         (vision_cfg(timm_model_name="vit_relpos_base_patch16_224"), "which has relative positions"),
         (vision_cfg(image_size=[32, 16]), "vision_cfg: image_size is .*; only squares can be read"),
-        (vision_cfg(image_size=40), "vision_cfg: image_size is 40, and the weights have 32"),
+        (vision_cfg(image_size=40), "image_size is 40, and the weights have 32; open_clip resizes"),
         (vision_cfg(mlp_ratio=2.0), "vision_cfg: mlp_ratio is 2, and the weights have"),
         (vision_cfg(norm_kwargs={"bias": False}), "vision_cfg: norm_kwargs: the field 'bias'"),
         (vision_cfg(act_kwargs={"approximate": "gauss"}, head_width=8), "act_kwargs"),
@@ -263,6 +265,9 @@ def test_pooling_and_mask_of_a_bare_file_are_said_set_or_refused(families, tmp_p
         save_file(tensors, file)
         with pytest.raises(InputError, match=f"it has {what}.*, and only open_clip_config.json says how it pools"):
             open_donor(file, families)
+    save_file(clip | {"text.cls_emb": np.zeros(64, np.float16)}, file)
+    with pytest.raises(InputError, match="a CoCa of open_clip, which has a decoder of captions: only CLIPs are read"):
+        open_donor(file, families)
 
 
 def test_one_tower_is_named(goldens, families, tmp_path):

@@ -12,7 +12,7 @@ from heirloom.common.data.sources.arrays import ArraySource
 from heirloom.common.data.sources.folder import FolderSource
 from heirloom.common.data.sources.parquet import ParquetSource
 from heirloom.common.data.sources.record import Source, SourceConfig
-from heirloom.common.data.sources.splits import of_split
+from heirloom.common.data.sources.splits import is_split, of_split
 from heirloom.common.data.sources.table import CsvSource, is_table, way_to_table
 from heirloom.common.data.sources.tar import TarSource
 from heirloom.common.data.sources.tfds import TfdsSource
@@ -27,7 +27,8 @@ def open_source(cfg: SourceConfig) -> Source:
 
     Raises InputError when the path does not exist, a file is unreadable or empty, or a column or split is missing.
     """
-    place(cfg.path)
+    for part in cfg.path.split("::"):
+        place(part)
     source = _open(cfg)
     if len(source) == 0:
         raise InputError(f"{cfg.path} has no sample{f' in the split {cfg.split!r}' if cfg.split else ''}")
@@ -84,7 +85,10 @@ def _open(cfg: SourceConfig) -> Source:
 
 
 def _folder(folder: AnyPath, cfg: SourceConfig) -> Source:
-    """Opens a folder of parquet (in it, or in data/ as at Hugging Face), tar shards, arrays, pictures or splits."""
+    """Opens a folder of parquet (in it, or in data/ as at Hugging Face), tar shards, arrays, pictures or splits.
+
+    Or a clone of Hugging Face's hub, with its parquet in the folder of a configuration, or in one for each split there.
+    """
     if files := _parquet(folder):
         return ParquetSource(files, cfg)
     if files := _visible(folder, "*.tar"):
@@ -97,7 +101,18 @@ def _folder(folder: AnyPath, cfg: SourceConfig) -> Source:
         raise InputError(f"{folder} {what}: write {one}.to_parquet('data.parquet') in Python")
     if cfg.split and (part := folder / cfg.split).is_dir():
         return _folder(part, replace(cfg, split=""))
-    return FolderSource(folder, cfg)
+    try:
+        return FolderSource(folder, cfg)
+    except InputError:
+        found = [*_visible(folder, "*/*.parquet"), *_visible(folder, "*/*/*.parquet")]
+        names = sorted({file.relative_to(folder).parts[0] for file in found})
+        names = [name for name in names if not name.startswith(".") and not is_split(name)]
+        if not names:
+            raise
+    if len(names) > 1:
+        one = f"give the folder of one, such as {folder / names[0]}"
+        raise InputError(f"{folder} has the configurations {', '.join(names)}: {one}")
+    return _folder(folder / names[0], cfg)
 
 
 def _parquet(folder: AnyPath) -> list[Any]:
@@ -114,7 +129,15 @@ def _visible(folder: AnyPath, pattern: str) -> list[Any]:
 
 
 def _files(pattern: str) -> list[Any]:
-    """Returns the files of a path, a glob or a numbered pattern, in order. Raises InputError for a missing one."""
+    """Returns the files of a path, a glob, a pattern with {first..last} or {a,b}, or several, joined by ::, in order.
+
+    Raises InputError for a missing one.
+    """
+    parts, listed = pattern.split("::"), re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    if len(parts) == 1 and listed and not place(pattern).exists():
+        parts = [f"{pattern[: listed.start()]}{name}{pattern[listed.end() :]}" for name in listed[1].split(",")]
+    if len(parts) > 1:
+        return [file for part in parts for file in _files(part)]
     if numbered := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = numbered.groups()
         before, after = pattern[: numbered.start()], pattern[numbered.end() :]

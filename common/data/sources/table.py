@@ -133,7 +133,8 @@ def is_table(file: AnyPath, cfg: SourceConfig) -> bool:
 
 def way_to_table(file: AnyPath) -> str:
     """Returns what makes a file of another form readable; an empty string where nothing is known."""
-    quoted, table = repr(str(file)), repr(f"{file.stem}.csv")
+    # Next to the file, because paths in a table count from there.
+    quoted, table = repr(str(file)), repr(str(file.with_suffix(".csv")))
     return {
         ".txt": "a table needs a first line that names its columns, such as image,caption",
         ".arrow": f"write datasets.Dataset.from_file({quoted}).to_parquet('{file.stem}.parquet') in Python",

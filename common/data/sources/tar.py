@@ -178,7 +178,8 @@ def _refuse(shard: Shard, what: str, extensions: Sequence[str]) -> None:
     way = "pack the shard without them" if found.any() else ""
     if dotted := next((name for name in members if name.rpartition(".")[2] in extensions), ""):
         *parts, ending = f"{first}.{dotted}".split(".")
-        way = f"a name ends at its first dot: rename {first}.{dotted} to {'_'.join(parts)}.{ending}"
+        stem = "_".join(parts) if all("." in name for name in members) else first  # that of the sample's other members
+        way = f"a name ends at its first dot: rename {first}.{dotted} to {stem}.{ending}"
     elif other := next((name for name in USUAL["text"] if what == "caption" and name in members), ""):
         way = f"rename the members .{other} to .{extensions[0]}"
     if found.any():

@@ -89,7 +89,6 @@ def test_transformers_file_is_read_in_full(theirs, expected, tmp_path):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"image_std": None}, "'image_std' is missing"),
         ({"image_mean": "0.5"}, "image_mean is '0.5', and must be 1 or 3 finite numbers"),
         ({"image_mean": [0.5, 0.5]}, "must be 1 or 3 finite numbers"),
         ({"image_mean": [0.5, float("nan"), 0.5]}, "must be 1 or 3 finite numbers"),
@@ -134,6 +133,14 @@ def test_transformers_file_is_read_in_full(theirs, expected, tmp_path):
 def test_what_transformers_file_asks_for_and_is_not_honoured_is_refused(change, complaint, tmp_path):
     with pytest.raises(InputError, match=rf"^[^\n]*preprocessor_config\.json: [^\n]*{complaint}[^\n]*$"):
         read(tmp_path, preprocessor_config=CLIP | change)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "ViT", "DeiT", "Bit", "Siglip"])
+def test_the_mean_is_that_of_the_processor_where_its_file_has_none(kind, tmp_path):
+    about = dict(image_processor_type=f"{kind}ImageProcessor", size={"height": 32, "width": 32}, crop_size=32)
+    pre = read(tmp_path, preprocessor_config=about).pre
+    expected = (OWN.mean, OWN.std) if kind in ("CLIP", "Bit") else (HALF, HALF)
+    assert (pre.mean, pre.std) == expected
 
 
 def test_of_transformers_two_files_the_newer_is_taken(tmp_path):

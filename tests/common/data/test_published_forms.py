@@ -122,12 +122,28 @@ def test_parquet_of_several_splits_is_not_mixed(tmp_path, picture, names):
     assert [r["text"] for r in open_source(SourceConfig(str(tmp_path), split="train"))] == [names[0]]
 
 
+@pytest.mark.parametrize("file", ["plain_text/test-00000-of-00001", "data/test/0000", "default/test/0000"])
+def test_a_clone_with_its_parquet_in_the_folder_of_a_configuration(tmp_path, picture, file):
+    for split in ("train", "test"):
+        path = tmp_path / f"{file.replace('test', split)}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.table({"image": [picture(0)], "caption": [split]}), path)
+    (tmp_path / "README.md").write_text("")
+    assert [r["text"] for r in open_source(SourceConfig(str(tmp_path), split="test"))] == ["test"]
+    with pytest.raises(InputError, match="has the splits test, train: say which one with split"):
+        open_source(SourceConfig(str(tmp_path)))
+    (tmp_path / "other").mkdir()
+    path.rename(tmp_path / "other" / "0.parquet")
+    with pytest.raises(InputError, match=r"has the configurations .*other.*: give the folder of one, such as /"):
+        open_source(SourceConfig(str(tmp_path), split="test"))
+
+
 # What is refused with a way on
 
 
 def test_a_dotted_name_in_a_shard(tmp_path, picture):
     shard = tar(tmp_path / "0.tar", {"1.png": picture(0), "1.txt": b"a", "2.v1.png": picture(0), "2.txt": b"b"})
-    with pytest.raises(InputError, match=r"ends at its first dot: rename 2\.v1\.png to 2_v1\.png"):
+    with pytest.raises(InputError, match=r"ends at its first dot: rename 2\.v1\.png to 2\.png"):
         open_source(SourceConfig(shard))
     shard = tar(tmp_path / "1.tar", {"a.b.c.png": picture(0), "a.b.c.txt": b"a"})
     with pytest.raises(InputError, match=r"rename a\.b\.c\.png to a_b_c\.png"):
@@ -173,7 +189,7 @@ def test_tables_in_another_encoding(tmp_path, data, message):
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("a.jsonl", r"pandas\.read_json\('.*a\.jsonl', lines=True\)\.to_csv\('a\.csv', index=False\)"),
+        ("a.jsonl", r"pandas\.read_json\('.*a\.jsonl', lines=True\)\.to_csv\('/.*/a\.csv', index=False\)"),
         ("a.arrow", r"datasets\.Dataset\.from_file\('.*a\.arrow'\)\.to_parquet\('a\.parquet'\)"),
         ("dataset_dict.json", r"datasets\.load_from_disk\('.*'\)\[SPLIT\]\.to_parquet"),
         ("data-00000-of-00001.arrow", r"datasets\.load_from_disk\('.*'\)\.to_parquet"),

@@ -124,6 +124,9 @@ def test_numbered_shards_are_one_source(tmp_path, write_tar, grey):
             ]
             assert source[4]["key"].endswith("00001.tar:000004")
     assert len(open_source(SourceConfig(str(tmp_path / "{00000..00001}.tar")))) == 5
+    for path in ("0000{2,0}.tar", f"0000{{2..2}}.tar::{tmp_path}/00000.tar"):
+        source = open_source(SourceConfig(str(tmp_path / path)))
+        assert [r["text"] for r in source] == [f"caption {i}" for i in (5, 6, 7, 0, 1, 2, 3)]
     with pytest.raises(InputError, match=r"00003\.tar does not exist"):
         open_source(SourceConfig(str(tmp_path / "{00000..00003}.tar")))
 

@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 
 from heirloom.common.data.text import EOT, SOT, Tokenizer, clean
+from heirloom.common.data.tokenizer_files import load_tokenizer
 from heirloom.common.errors import InputError
 
 GOLDENS = json.loads((Path(__file__).parents[2] / "golden" / "clip_tokens.json").read_text())
@@ -248,3 +249,24 @@ def test_damaged_files_are_refused_in_one_line(clip, tmp_path, name, text, compl
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=rf"^[^\n]*{complaint}[^\n]*$"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_clip_tokenizer_that_open_clip_runs_through_transformers(clip, tmp_path):
+    def named(**fields):
+        about = {"model_cfg": {"text_cfg": {"hf_tokenizer_name": "x", **fields}}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
+        return load_tokenizer(tmp_path)
+
+    clip.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": EOT}))
+    assert named(tokenizer_kwargs={"clean": "lower"}).pad == 0  # which a causal tower does not see
+    tokenizer = named(no_causal_mask=True)
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    for one in (tokenizer, pickle.loads(pickle.dumps(tokenizer)), load_tokenizer(tmp_path / "saved")):
+        assert one("", 4).tolist() == [[clip.sot, clip.eot, clip.eot, clip.eot]]
+    for options in ({"clean": "canonicalize"}, {"strip_sep_token": True}, {"language": "de"}):
+        with pytest.raises(InputError, match=rf"tokenizer_kwargs: .*{next(iter(options))}"):
+            named(tokenizer_kwargs=options)
+    with pytest.raises(InputError, match="tokenizer_mode is 'clips'"):
+        named(tokenizer_mode="clips")

@@ -7,7 +7,7 @@ import pytest
 
 from heirloom.common.errors import InputError
 from heirloom.common.nn.image import average_pool, over_pixels, upsample
-from heirloom.common.nn.mlp import HF_NAMES, check_activation
+from heirloom.common.nn.mlp import HF_ACTIVATIONS, HF_NAMES, check_activation
 from heirloom.common.nn.moments import Moments
 from heirloom.common.nn.norm import unit
 
@@ -43,5 +43,6 @@ def test_unit_norm_keeps_the_kind_of_array_and_zeros():
 def test_names_of_activations():
     names = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh", "silu": "silu"}
     assert names == HF_NAMES
+    assert (HF_ACTIVATIONS["gelu_python"], HF_ACTIVATIONS["gelu_fast"]) == ("gelu", "gelu_tanh")
     with pytest.raises(InputError, match=r"no activation 'quick_gely'.*\(gelu, gelu_tanh, quick_gelu, silu\)"):
         check_activation("quick_gely")
