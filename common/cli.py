@@ -15,10 +15,10 @@ from types import FrameType
 from typing import Any
 
 from heirloom.common import verbs
-from heirloom.common.argument import Verb
+from heirloom.common.argument import Verb, destination
 from heirloom.common.arguments import VERBS
 from heirloom.common.errors import Exit, InputError, Remark, Stopped, VerificationError, nearest
-from heirloom.common.paths import FIELDS, is_address, local, place, without_file
+from heirloom.common.paths import FIELDS, is_address, local, without_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         for one in verb.arguments:
             sub.add_argument(*one.names, **one.options)
         if verb.json:
-            sub.add_argument("--json", type=place, metavar="FILE", help="write the result as data, too")
+            sub.add_argument("--json", type=destination, metavar="FILE", help="write the result as data, too")
     return parser
 
 

@@ -87,7 +87,8 @@ class Run:
 
         defaults: adds the fields that are missing in the config of an earlier version (`with_defaults`). A change that
         a resume may have is remarked. Raises InputError when the folder has a run with another config, with the
-        differing fields, when another job writes it, and when it cannot be written.
+        differing fields, when it has the config.json of something else, when its last state is gone though it has a
+        model, when another job writes it, and when it cannot be written.
         """
         local(Path(directory), "a run")
         directory = Path(directory).absolute()
@@ -105,16 +106,23 @@ class Run:
 
         with _writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            done = max(steps_on_disk(directory / "checkpoints"), default=0)
+            done, steps = _done(directory), config.get("steps", math.inf)
             # Before that the config may still change. An imported zoo has neither steps nor metrics.
             begun = done > 0 or (directory / METRICS).exists() or (directory / "zoo").is_dir()
-            lines = difference(defaults(read_json(file)), json.loads(text)) if begun else []
+            before = read_json(file) if begun or file.exists() else {}
+            # Recipes of any two methods share more than a third of their fields.
+            if before and not begun and 3 * len(before.keys() & config.keys()) <= len(before):
+                raise InputError(f"{directory} has the config.json of something else; take a new folder")
+            lines = difference(defaults(before), json.loads(text)) if begun else []
             if refused := [line for line in lines if not FREE.match(line)]:
                 changed = "; ".join(map(str.strip, refused))
                 set_back = f"take a new folder, or set it back: {changed}"
                 raise InputError(f"{directory} was started with another config; {set_back}")
-            if done > (steps := config.get("steps", math.inf)):
+            if done > steps:
                 raise InputError(f"steps is {steps}, but {directory} is at step {done}; choose {done} or more")
+            if done != steps and (directory / "model").exists() and not steps_on_disk(directory / "checkpoints"):
+                gone = f"{directory} has a model, but its training states are gone"
+                raise InputError(f"{gone}; copy checkpoints/ back, or take a new folder")
         on_first(take)
         return cls(directory, json.loads(text), keep, lease[0] if lease else None)
 
@@ -129,7 +137,7 @@ class Run:
 
     def finished(self, total: int) -> bool:
         """Returns whether all `total` steps are done and the model is written."""
-        return self.model.exists() and self.checkpoints.steps()[-1:] == [total]
+        return self.model.exists() and _done(self.directory) == total
 
     def restore_or(self, make_state: Callable[[], State], like: State, after: int = 0) -> State:
         """Restores the last whole state, in shapes and shardings of `like` (`abstract_state`), or makes a new one.
@@ -260,6 +268,14 @@ def closing(directory: Path, shown: str) -> str:
     held_out = f"; held out: {', '.join(f'{name} {value:.4g}' for name, value in scores.items())}" if scores else ""
     run = "/".join((shown, *last.relative_to(directory).parts))
     return f"weights: {run}/model{held_out}; curves and pictures: heirloom report {run}"
+
+
+def _done(directory: Path) -> int:
+    """Returns the step of the last state on disk; of a run with a model and without states, of its last metrics."""
+    if steps := steps_on_disk(directory / "checkpoints"):
+        return steps[-1]
+    lines = MetricsFile(directory / METRICS).lines() if (directory / "model").exists() else []
+    return int(lines[-1]["step"]) if lines else 0
 
 
 @contextlib.contextmanager

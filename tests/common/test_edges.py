@@ -89,6 +89,23 @@ def test_file_addresses_are_paths(tmp_path, capsys):
     assert (tmp_path / "x.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "tinyclip/smoke", "--run="], "argument --run: the path is empty"),
+        (["rank", "m", "--unfreeze", ""], "argument --unfreeze: the path is empty"),
+        (["convert", "embedded:emoji", "hf:me/x"], "hf:me/x: write a local folder, then heirloom push FOLDER hf:me/x"),
+        (["explore", "m", "--select=a", "--test=b", "--out=hf:me/x"], "hf:me/x: write a local folder, then heirloom push"),
+        (["train", "tinyclip/smoke", "--run", "gs:/b/x"], "gs:/b/x: write gs://b/x, with two slashes"),
+        (["inspect", "file:/model"], "file:/model: write the path alone, without file:"),
+    ],
+)  # fmt: skip
+def test_what_is_no_place_is_refused_before_anything_is_written(command, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(f"heirloom: {message}") and list(tmp_path.iterdir()) == []
+
+
 def test_data_and_sources_of_a_recipe_may_be_addresses():
     cfg = config.load("tinyclip/smoke", ["--data.path", "memory://b/{0..3}.tar", "--teacher", "memory://b/model"])
     assert (cfg.data.path, cfg.teacher) == ("memory://b/{0..3}.tar", "memory://b/model")

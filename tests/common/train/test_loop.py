@@ -175,6 +175,26 @@ def test_a_changed_config_is_refused_with_the_difference(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
 
 
+def test_a_folder_with_a_config_of_something_else_is_left_alone(tmp_path):
+    for config in ({"format": 1, "method": "a", "model": {}}, {"model_type": "vit", "hidden_size": 8, "seed": 0}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=r"has the config\.json of something else; take a new folder"):
+            Run.open(tmp_path, {"optim": {}, "steps": 4, "seed": 0, "method": "a"})
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+        assert json.loads((tmp_path / "config.json").read_text()) == config
+
+
+def test_a_finished_run_without_its_states_is_finished_and_nothing_else(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+    (tmp_path / "config.json").write_text('{"steps": 3}')
+    assert not Run.open(tmp_path, {"steps": 3}).finished(3)  # killed before the first state: it begins again
+    (tmp_path / "model").mkdir()
+    assert Run.open(tmp_path, {"steps": 3}).finished(3)
+    with pytest.raises(InputError, match=r"states are gone; copy checkpoints/ back, or take a new folder"):
+        Run.open(tmp_path, {"steps": 4})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"steps": 3}
+
+
 def test_where_a_run_computes_may_change(tmp_path):
     config = {"mesh": {"data": 2, "fsdp": 2}, "pipeline": {"workers": 0, "batch": 32}, "writers": []}
     Run.open(tmp_path, config)
