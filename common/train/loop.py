@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +33,11 @@ from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
 from heirloom.common.train.watch import Profile, Watchdog
 from heirloom.common.train.writers import Writer
+
+REPEATED = 2.0
+"""Seconds in which a signal that comes again is the same one: a terminal, and schedulers, send it to `heirloom
+supervise` and to the training, and the former sends it on.
+"""
 
 
 @dataclass(frozen=True)
@@ -297,10 +303,11 @@ def _finite(step: int, scores: Mapping[str, float]) -> Mapping[str, float]:
 
 
 class Stop:
-    """Handles SIGTERM and Ctrl-C inside the block; a second Ctrl-C stops at once."""
+    """Handles SIGTERM and Ctrl-C inside the block; a second one, after REPEATED seconds, stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._since: dict[int, float] = {}
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -322,5 +329,7 @@ class Stop:
         return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self.asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, self._before[signal.Signals(number)])
+        self.asked, now = True, time.monotonic()
+        if now - self._since.setdefault(number, now) > REPEATED:
+            signal.signal(number, self._before[signal.Signals(number)])
+            signal.raise_signal(number)

@@ -11,6 +11,7 @@ import pytest
 
 from heirloom.common.errors import InputError, Remark, Stopped
 from heirloom.common.surgery.axes import Axes, Leaf
+from heirloom.common.train import loop
 from heirloom.common.train.loop import Cadence, Run, closing, difference
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.metrics import MetricsFile
@@ -138,6 +139,16 @@ def test_a_finished_run_says_so(train):
     assert run.finished(TOTAL) and not run.finished(TOTAL + 1)
     _, state = train("done", Rows({n: lambda: 1 // 0 for n in range(99)}), on_finish=write)  # asks for no batch
     assert written == [TOTAL, TOTAL] and int(state.step) == TOTAL
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(train, monkeypatch):
+    """Ctrl-C reaches a supervised training from the terminal and from `heirloom supervise`."""
+    twice = {3: lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]}
+    with pytest.raises(Stopped, match="stopped at step 4 of 23"):
+        train("once", Rows(twice))
+    monkeypatch.setattr(loop, "REPEATED", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train("at once", Rows(twice))
 
 
 def test_data_that_end_are_named(train):
