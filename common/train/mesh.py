@@ -54,7 +54,7 @@ def devices(*, wait: bool = False) -> list[jax.Device]:
     except (RuntimeError, AssertionError) as error:  # the latter for cuda, and without a word
         if wait and BUSY.search(str(error)):
             raise
-        why = str(error) or f"JAX_PLATFORMS is {jax.config.jax_platforms}, and no such device is here"
+        why = str(error) or f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')}, and no such device is here"
         raise InputError(f"no device can be used ({why}); set JAX_PLATFORMS=cpu, or install cuda or tpu") from error
 
 
