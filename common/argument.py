@@ -1,10 +1,12 @@
 """What an argument and a verb of the `heirloom` command are; `arguments` lists them all."""
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.errors import check_seed
+from heirloom.common.errors import InputError, check_seed
+from heirloom.common.paths import AnyPath, place
 
 
 @dataclass(frozen=True)
@@ -57,4 +59,27 @@ def seed(text: str) -> int:
 
 def path(text: str) -> Path:
     """Reads a local path. The shell leaves the ~ of --out=~/x to us."""
-    return Path(text).expanduser()
+    return Path(_given(text)).expanduser()
+
+
+def destination(text: str) -> AnyPath:
+    """Reads the path or the address of what a command writes. Raises InputError for a repository of Hugging Face."""
+    return place(_given(_no_repository(text)))
+
+
+def new_path(text: str) -> Path:
+    """Reads the local path of what a command writes, as `destination` does."""
+    return path(_no_repository(text))
+
+
+def _no_repository(text: str) -> str:
+    if text.startswith("hf:"):
+        raise InputError(f"{text}: write a local folder, then heirloom push FOLDER {text}")
+    return text
+
+
+def _given(text: str) -> str:
+    """Returns the text; an empty one, as of an unset variable, would be the current folder."""
+    if not text:
+        raise ArgumentTypeError("the path is empty; give one")
+    return text

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.argument import Argument, Verb, argument, path, seed
+from heirloom.common.argument import Argument, Verb, argument, destination, new_path, path, seed
 from heirloom.common.errors import InputError
 from heirloom.common.paths import place
 
@@ -28,7 +28,9 @@ VERBS = (
         (
             argument("method", nargs="?", default="tinyclip", help="default: tinyclip; the demo names the others"),
             argument("--seed", type=seed, default=0, help="of the random numbers (default: 0)"),
-            argument("--out", type=path, default=Path("heirloom-demo"), metavar="DIR", help="where the picture goes"),
+            argument(
+                "--out", type=new_path, default=Path("heirloom-demo"), metavar="DIR", help="where the picture goes"
+            ),
         ),
         json=True,
     ),
@@ -42,7 +44,7 @@ VERBS = (
                 help="hf:org/name[@revision], a folder, a .safetensors, .pt or .bin, or embedded:NAME",
                 buckets=True,
             ),
-            argument("destination", metavar="DEST", type=place, help="the new folder", buckets=True),
+            argument("destination", metavar="DEST", type=destination, help="the new folder", buckets=True),
             argument(
                 "--to",
                 default="heirloom",
@@ -71,7 +73,7 @@ VERBS = (
     of_recipe(
         "inherit",
         "cut a recipe's student from its donor, untrained",
-        argument("destination", metavar="DEST", type=place, help="the new weights folder", buckets=True),
+        argument("destination", metavar="DEST", type=destination, help="the new weights folder", buckets=True),
         argument("--force", action="store_true", help="replace DEST"),
         json=True,
     ),
@@ -81,7 +83,7 @@ VERBS = (
         argument(
             "destination",
             metavar="DEST",
-            type=path,
+            type=new_path,
             help="the new folder: of a teacher's embeddings (then --teacher cache:DEST), or of latents and captions",
         ),
         json=True,
@@ -101,7 +103,7 @@ VERBS = (
     of_recipe(
         "train",
         "train a recipe; the same command again resumes",
-        argument("--run", type=place, required=True, metavar="DIR", help="the folder of the run", buckets=True),
+        argument("--run", type=destination, required=True, metavar="DIR", help="the folder of the run", buckets=True),
     ),
     Verb(
         "supervise",
@@ -188,7 +190,7 @@ VERBS = (
             argument("--exact", action="store_true", help="keep --size as it is"),
             argument("--count", "-n", type=int, metavar="N", help="pictures of each class (4) or prompt (1)"),
             argument("--batch", type=int, metavar="N", help="pictures drawn at a time (classes: 64, a prompt: 4)"),
-            argument("--out", type=path, metavar="FILE|DIR", help="a PNG of classes, a folder for prompts"),
+            argument("--out", type=new_path, metavar="FILE|DIR", help="a PNG of classes, a folder for prompts"),
             argument("--layout", default="plain", metavar="NAME", help="of the folder: plain, geneval, dpg"),
             argument("--autoencoder", default="", metavar="SOURCE", help="the decoder of a latent model", buckets=True),
             argument(
@@ -227,7 +229,7 @@ VERBS = (
         "make a model of any depth from a gene",
         (
             argument("gene", metavar="GENE", help="a gene, or another ViT, by SOURCE", buckets=True),
-            argument("destination", metavar="DEST", type=place, help="the new folder", buckets=True),
+            argument("destination", metavar="DEST", type=destination, help="the new folder", buckets=True),
             argument("--depth", type=int, required=True, metavar="N", help="layers of the result"),
             argument(
                 "--map",
@@ -247,7 +249,7 @@ VERBS = (
         "compare ways to start models of several depths",
         (
             argument("what", nargs="?", metavar="CONFIG", help="a recipe such as learngene/emoji"),
-            argument("--run", type=path, metavar="DIR", help="where the runs go; the same command again resumes"),
+            argument("--run", type=new_path, metavar="DIR", help="where the runs go; the same command again resumes"),
             argument(
                 "--cost",
                 metavar="6-15",
@@ -276,7 +278,7 @@ VERBS = (
             ),
             argument(
                 "--out",
-                type=path,
+                type=new_path,
                 default=Path("generated"),
                 metavar="DIR",
                 help="where the weights folders and report.json go",
@@ -295,7 +297,7 @@ VERBS = (
         (
             argument("what", metavar="PATH", help="hf:org/name, a folder, or a file of weights"),
             argument("--share", type=float, default=0.25, metavar="X", help="of each kind to list (default: 0.25)"),
-            argument("--unfreeze", type=path, metavar="FILE", help="write these as a list of parameters to train"),
+            argument("--unfreeze", type=new_path, metavar="FILE", help="write these as a list of parameters to train"),
             argument("--force", action="store_true", help="replace FILE"),
         ),
         json=True,
@@ -307,7 +309,7 @@ VERBS = (
             argument("what", metavar="PATH", help="hf:org/name or a folder of transformers, with its tokenizer"),
             argument("--select", type=path, required=True, metavar="TASK", help="questions that select, a JSON a line"),
             argument("--test", type=path, required=True, metavar="TASK", help="questions that say what it is worth"),
-            argument("--out", type=path, default=Path("explored"), metavar="DIR", help="the new folder"),
+            argument("--out", type=new_path, default=Path("explored"), metavar="DIR", help="the new folder"),
             argument("--force", action="store_true", help="replace DIR"),
         ),
         flags=True,
@@ -334,7 +336,7 @@ VERBS = (
             argument("run", type=place, nargs="+", metavar="RUN", help="the folder of a run", buckets=True),
             argument(
                 "--out",
-                type=place,
+                type=destination,
                 metavar="FILE",
                 help="the page (default: RUN/report.html; of several runs, comparison.html in the first)",
             ),

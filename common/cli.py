@@ -15,10 +15,19 @@ from types import FrameType
 from typing import Any
 
 from heirloom.common import verbs
-from heirloom.common.argument import Verb
+from heirloom.common.argument import Verb, destination
 from heirloom.common.arguments import VERBS
-from heirloom.common.errors import Exit, InputError, Remark, Stopped, VerificationError, nearest
-from heirloom.common.paths import FIELDS, is_address, local, place, without_file
+from heirloom.common.errors import (
+    TO_STOP,
+    Exit,
+    InputError,
+    Remark,
+    Stopped,
+    VerificationError,
+    nearest,
+    stop_if_asked,
+)
+from heirloom.common.paths import FIELDS, is_address, local, without_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +85,9 @@ def _terminated() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         if os.getpid() != mine:  # a process that was forked from this one
             os.kill(os.getpid(), number)
-        raise Stopped("stopped by SIGTERM; incomplete results were removed, and the same command begins or continues")
+        why = "stopped by SIGTERM; incomplete results were removed, and the same command begins or continues"
+        TO_STOP.append(Stopped(why))
+        stop_if_asked()
 
     handles = threading.current_thread() is threading.main_thread()
     if not handles or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
@@ -85,7 +96,9 @@ def _terminated() -> Iterator[None]:
     signal.signal(signal.SIGTERM, stop)
     try:
         yield
+        stop_if_asked()
     finally:
+        TO_STOP.clear()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -204,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         for one in verb.arguments:
             sub.add_argument(*one.names, **one.options)
         if verb.json:
-            sub.add_argument("--json", type=place, metavar="FILE", help="write the result as data, too")
+            sub.add_argument("--json", type=destination, metavar="FILE", help="write the result as data, too")
     return parser
 
 

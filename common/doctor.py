@@ -34,12 +34,11 @@ def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    try:
-        devices = jax.devices()
-    except RuntimeError as error:
-        raise InputError(f"no device can be used ({error}); set JAX_PLATFORMS=cpu, or install cuda or tpu") from error
-    kinds = sorted({d.device_kind for d in devices})
-    print(f"backend {jax.default_backend()}: {len(devices)} x {', '.join(kinds)}, {jax.process_count()} process(es)")
+    from heirloom.common.train.mesh import devices
+
+    here = devices()
+    kinds = sorted({d.device_kind for d in here})
+    print(f"backend {jax.default_backend()}: {len(here)} x {', '.join(kinds)}, {jax.process_count()} process(es)")
 
     x = jnp.ones((SIZE, SIZE), jnp.float32) / SIZE
     multiply = jax.jit(lambda x: x @ x)
@@ -62,7 +61,7 @@ def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
     for line in more:
         print(line())
     print("ready")
-    about = {"versions": found, "backend": jax.default_backend(), "devices": len(devices)}
+    about = {"versions": found, "backend": jax.default_backend(), "devices": len(here)}
     return about | {"kinds": kinds, "gflops": rate}
 
 

@@ -31,14 +31,14 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-class OneLine(Exception):
-    """An exception whose message says it all: a notebook shows this line without a traceback."""
+class OneLine:
+    """Of an exception whose message says it all: a notebook shows this line without a traceback."""
 
     def _render_traceback_(self) -> list[str]:  # IPython asks for it
         return [f"{type(self).__name__}: {self}"]
 
 
-class InputError(OneLine):
+class InputError(OneLine, Exception):
     """Bad input (exit 2), which the user can correct.
 
     The message is one line: what was given, what is needed, what to type.
@@ -48,12 +48,25 @@ class InputError(OneLine):
         super().__init__(_CONTROL.sub(" ", text).strip())  # names and messages that it quotes may have line breaks
 
 
-class VerificationError(OneLine):
+class VerificationError(OneLine, Exception):
     """A result was computed and differs from the reference (exit 1)."""
 
 
-class Stopped(OneLine):
-    """A command stopped on request (exit 75): the same one continues a training, or begins again."""
+class Stopped(OneLine, BaseException):
+    """A command stopped on request (exit 75): the same one continues a training, or begins again.
+
+    No Exception, as KeyboardInterrupt is none: what catches errors of other libraries must let it pass.
+    """
+
+
+TO_STOP: list[Stopped] = []
+"""What a signal handler of this process raised."""
+
+
+def stop_if_asked() -> None:
+    """Raises `Stopped` again where it was lost: Python only prints what a callback of gc or a __del__ raises."""
+    if TO_STOP:
+        raise TO_STOP[0]
 
 
 class Remark(UserWarning):

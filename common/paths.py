@@ -31,6 +31,7 @@ WAITS = (0.5, 2.0, 8.0)
 """Seconds before the next tries of a request that only reads and failed, after those of the library itself."""
 _ADDRESS = re.compile(r"(?:^|[=:@,])([A-Za-z][A-Za-z0-9+.-]+)://")
 _COLLAPSED = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib turns :// into :/
+_ONE_SLASH = re.compile(rf"^({'|'.join(BUCKETS)}|file):/(?!/)")
 _REASON = 200  # characters of a library's message that an error quotes
 
 
@@ -260,6 +261,10 @@ def place(text: str | AnyPath) -> AnyPath:
         _library(scheme)
         return Address(scheme, "/".join(names))
     text = without_file(text)
+    if found := _ONE_SLASH.match(text):
+        scheme = found[1]
+        right = f"{scheme}://{text[found.end() :]}, with two slashes"
+        raise InputError(f"{text}: write {'the path alone, without file:' if scheme == 'file' else right}")
     local(text)
     return Path(text).expanduser()
 

@@ -28,7 +28,8 @@ def supervise(command: Sequence[str], tries: int, pause: float, sleep: Callable[
 
     After 75, a graceful stop, it starts again at once. After a crash it waits `pause` seconds, doubled each time up to
     five minutes, and gives up after `tries` crashes between which no training state was saved (in the folder that the
-    command's `--run` names). SIGTERM and SIGINT go to the command, which is then not started again.
+    command's `--run` names). SIGTERM and SIGINT go to the command, which is then not started again. The command may get
+    them twice, from the terminal as well: a training takes that for one (`Stop`).
     """
     run, crashes, seen = run_folder(command), 0, set[str]()
     while True:

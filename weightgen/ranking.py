@@ -22,6 +22,7 @@ IQR = 1.349  # interquartile range of a standard normal
 EMBEDDING = re.compile(
     r"(embed(ding)?s?|embd)$|^embed_(tokens|in|positions)(_per_layer)?$|^(wte|wpe|shared|table|relative_attention_bias)$"
 )
+EMBEDDINGS = "embeddings"
 EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 BARE = re.compile(r"(\w+|decoder\.layers)\.\d+\.")  # saved without the head, which puts a prefix before the layers
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")  # a file with each expert in a tensor of its own
@@ -63,9 +64,10 @@ def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
     kind: the name without its layer number, as Spectrum keeps a share of each kind. Fused experts [expert, in, out] are
     ranked one by one, as "name@expert". Packed projections (gpt2's c_attn, phi's qkv_proj, a gate_up_proj) are ranked
     as the one matrix they are stored as; a transposed one, as gpt2's Conv1D keeps it, has the same singular values.
-    Embeddings, vectors (norms and biases), buffers, parameters of no layer (a Mamba's A_log) and matrices with a side
-    below `least` are left out, and a warning says which. Raises InputError for quantised weights, for adapters, for NaN
-    or infinity anywhere but in a mask, and when no matrix is left.
+    Embeddings, a head that is equal to one (a tied one is no parameter), vectors (norms and biases), buffers,
+    parameters of no layer (a Mamba's A_log) and matrices with a side below `least` are left out, and a warning says
+    which. Raises InputError for quantised weights, for adapters, for NaN or infinity anywhere but in a mask, and when
+    no matrix is left.
     """
     refuse_quantised(tensors)
     if adapter := next((name for name in tensors if has_adapters({name: tensors[name]})), None):
@@ -75,8 +77,11 @@ def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
         raise InputError(f"NaN or infinity in {which}: take another checkpoint")
     matrices: dict[str, np.ndarray] = {}
     left: dict[str, list[str]] = {}
+    reasons = {name: _left_out(name, tensor, least) for name, tensor in tensors.items()}
+    embeddings = [tensors[name] for name, why in reasons.items() if why == EMBEDDINGS]
     for name, tensor in tensors.items():
-        if why := _left_out(name, tensor, least):
+        tied = tensor.ndim == 2 and any(np.array_equal(tensor, embedding) for embedding in embeddings)
+        if why := EMBEDDINGS if tied else reasons[name]:
             left.setdefault(why, []).append(name)
         elif tensor.ndim == 3:
             matrices |= {f"{name}@{i}": expert for i, expert in enumerate(tensor)}
@@ -105,7 +110,7 @@ def _left_out(name: str, tensor: np.ndarray, least: int) -> str:
     if np.dtype(tensor.dtype).kind in "iubc" or BUFFER.search(name):
         return "buffers"
     if EMBEDDING.search(parts[-1]):
-        return "embeddings"
+        return EMBEDDINGS
     if tensor.ndim < 2 or parts[-1].endswith("bias"):
         return "norms, biases and other vectors"
     stacked = tensor.ndim == 3 and EXPERTS.search(name)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from heirloom.common.errors import InputError, remark
+from heirloom.common.errors import InputError, remark, stop_if_asked
 from heirloom.common.paths import Address, AnyPath, local
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
@@ -50,6 +50,7 @@ def staged(destination: AnyPath, *, force: bool = False, inputs: Sequence[AnyPat
             raise InputError(f"{destination} exists; give another name, or --force to replace it")
         temporary.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        stop_if_asked()
         _put(temporary, destination, old)
     except OSError as error:
         why = error.strerror or error
@@ -90,6 +91,7 @@ def _uploaded(destination: Address, force: bool) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="heirloom-") as folder:
             temporary = Path(folder) / destination.name
             yield temporary
+            stop_if_asked()
             if there and destination.is_file() != temporary.is_file():
                 kind = "folder" if temporary.is_file() else "file"
                 raise InputError(f"{destination} is a {kind}, which this would hide; give another name")

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +33,11 @@ from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
 from heirloom.common.train.watch import Profile, Watchdog
 from heirloom.common.train.writers import Writer
+
+REPEATED = 2.0
+"""Seconds in which a signal that comes again is the same one: a terminal, and schedulers, send it to `heirloom
+supervise` and to the training, and the former sends it on.
+"""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ class Run:
 
         defaults: adds the fields that are missing in the config of an earlier version (`with_defaults`). A change that
         a resume may have is remarked. Raises InputError when the folder has a run with another config, with the
-        differing fields, when another job writes it, and when it cannot be written.
+        differing fields, when it has the config.json of something else, when its last state is gone though it has a
+        model, when another job writes it, and when it cannot be written.
         """
         local(Path(directory), "a run")
         directory = Path(directory).absolute()
@@ -105,16 +112,23 @@ class Run:
 
         with _writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            done = max(steps_on_disk(directory / "checkpoints"), default=0)
+            done, steps = _done(directory), config.get("steps", math.inf)
             # Before that the config may still change. An imported zoo has neither steps nor metrics.
             begun = done > 0 or (directory / METRICS).exists() or (directory / "zoo").is_dir()
-            lines = difference(defaults(read_json(file)), json.loads(text)) if begun else []
+            before = read_json(file) if begun or file.exists() else {}
+            # Recipes of any two methods share more than a third of their fields.
+            if before and not begun and 3 * len(before.keys() & config.keys()) <= len(before):
+                raise InputError(f"{directory} has the config.json of something else; take a new folder")
+            lines = difference(defaults(before), json.loads(text)) if begun else []
             if refused := [line for line in lines if not FREE.match(line)]:
                 changed = "; ".join(map(str.strip, refused))
                 set_back = f"take a new folder, or set it back: {changed}"
                 raise InputError(f"{directory} was started with another config; {set_back}")
-            if done > (steps := config.get("steps", math.inf)):
+            if done > steps:
                 raise InputError(f"steps is {steps}, but {directory} is at step {done}; choose {done} or more")
+            if done != steps and (directory / "model").exists() and not steps_on_disk(directory / "checkpoints"):
+                gone = f"{directory} has a model, but its training states are gone"
+                raise InputError(f"{gone}; copy checkpoints/ back, or take a new folder")
         on_first(take)
         return cls(directory, json.loads(text), keep, lease[0] if lease else None)
 
@@ -129,7 +143,7 @@ class Run:
 
     def finished(self, total: int) -> bool:
         """Returns whether all `total` steps are done and the model is written."""
-        return self.model.exists() and self.checkpoints.steps()[-1:] == [total]
+        return self.model.exists() and _done(self.directory) == total
 
     def restore_or(self, make_state: Callable[[], State], like: State, after: int = 0) -> State:
         """Restores the last whole state, in shapes and shardings of `like` (`abstract_state`), or makes a new one.
@@ -262,6 +276,14 @@ def closing(directory: Path, shown: str) -> str:
     return f"weights: {run}/model{held_out}; curves and pictures: heirloom report {run}"
 
 
+def _done(directory: Path) -> int:
+    """Returns the step of the last state on disk; of a run with a model and without states, of its last metrics."""
+    if steps := steps_on_disk(directory / "checkpoints"):
+        return steps[-1]
+    lines = MetricsFile(directory / METRICS).lines() if (directory / "model").exists() else []
+    return int(lines[-1]["step"]) if lines else 0
+
+
 @contextlib.contextmanager
 def _writable(directory: Path) -> Iterator[None]:
     """Turns errors of the disk into InputError."""
@@ -281,10 +303,11 @@ def _finite(step: int, scores: Mapping[str, float]) -> Mapping[str, float]:
 
 
 class Stop:
-    """Handles SIGTERM and Ctrl-C inside the block; a second Ctrl-C stops at once."""
+    """Handles SIGTERM and Ctrl-C inside the block; a second one, after REPEATED seconds, stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._since: dict[int, float] = {}
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -306,5 +329,7 @@ class Stop:
         return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self.asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, self._before[signal.Signals(number)])
+        self.asked, now = True, time.monotonic()
+        if now - self._since.setdefault(number, now) > REPEATED:
+            signal.signal(number, self._before[signal.Signals(number)])
+            signal.raise_signal(number)

@@ -18,6 +18,7 @@ from heirloom.common.train.rollcall import Job, roll_call
 ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are split
 TENSOR_AXES = ("head", "hidden", "vocab")  # the axes tensor parallelism may split, by name
 REPLICATE_BELOW = 64 * 1024  # elements: below this, gathering costs more than the memory it saves
+BUSY = re.compile(r"in use|busy|ABORTED|UNAVAILABLE")  # in JAX's message, of a device that another process has
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,25 @@ def start(cfg: MeshConfig, patience: float = 300.0) -> Mesh:
     """Joins the other processes, if the environment names any, and builds the mesh `(data, fsdp, tensor)`.
 
     Call it before anything else uses a device. Raises InputError when the sizes do not multiply to the number of
-    devices, and, naming them, when processes do not report within `patience` seconds.
+    devices, when there are none, and, naming them, when processes do not report within `patience` seconds.
     """
     _join(patience)
     shape = sizes(cfg, jax.device_count())
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def devices(*, wait: bool = False) -> list[jax.Device]:
+    """Returns the devices. Raises InputError where those of JAX_PLATFORMS cannot be used.
+
+    wait: leaves the error of a busy device as it is, since `heirloom supervise` tries again after it.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter for cuda, and without a word
+        if wait and BUSY.search(str(error)):
+            raise
+        why = str(error) or f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')}, and no such device is here"
+        raise InputError(f"no device can be used ({why}); set JAX_PLATFORMS=cpu, or install cuda or tpu") from error
 
 
 def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
@@ -146,6 +161,7 @@ def _join(patience: float) -> None:
         jax.distributed.initialize(cluster_detection_method=method)
     elif _launched_together(os.environ):
         jax.distributed.initialize()
+    devices(wait=True)
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         known = "HEIRLOOM_CLUSTER=gcetpu (or gketpu, slurm, ompi, k8s)"
         raise InputError(f"{jax.process_count()} hosts and no coordinator: set {known}")

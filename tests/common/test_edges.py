@@ -1,5 +1,8 @@
 """The edge of a command: unservable addresses, a disk that fails, an interruption, leftovers of killed processes."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -7,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from heirloom.common import config, paths
+from heirloom.common import config, paths, verbs
 from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.verify import guarded
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
 from heirloom.common.paths import all_local, local
@@ -89,6 +93,23 @@ def test_file_addresses_are_paths(tmp_path, capsys):
     assert (tmp_path / "x.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "tinyclip/smoke", "--run="], "argument --run: the path is empty"),
+        (["rank", "m", "--unfreeze", ""], "argument --unfreeze: the path is empty"),
+        (["convert", "embedded:emoji", "hf:me/x"], "hf:me/x: write a local folder, then heirloom push FOLDER hf:me/x"),
+        (["explore", "m", "--select=a", "--test=b", "--out=hf:me/x"], "hf:me/x: write a local folder, then heirloom push"),
+        (["train", "tinyclip/smoke", "--run", "gs:/b/x"], "gs:/b/x: write gs://b/x, with two slashes"),
+        (["inspect", "file:/model"], "file:/model: write the path alone, without file:"),
+    ],
+)  # fmt: skip
+def test_what_is_no_place_is_refused_before_anything_is_written(command, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(f"heirloom: {message}") and list(tmp_path.iterdir()) == []
+
+
 def test_data_and_sources_of_a_recipe_may_be_addresses():
     cfg = config.load("tinyclip/smoke", ["--data.path", "memory://b/{0..3}.tar", "--teacher", "memory://b/model"])
     assert (cfg.data.path, cfg.teacher) == ("memory://b/{0..3}.tar", "memory://b/model")
@@ -151,6 +172,24 @@ def test_a_reader_that_has_enough_ends_the_command_quietly():
         f"{command} | true", shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert done.stderr == ""
+
+
+def lost():
+    with contextlib.suppress(BaseException):  # as Python does in callbacks of gc
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("work", [lost, lambda: guarded(lambda: os.kill(os.getpid(), signal.SIGTERM))])
+def test_nobody_swallows_sigterm(work, tmp_path, monkeypatch, capsys):
+    def write(args):
+        with staged(tmp_path / "out") as file:
+            file.write_text("x")
+            work()
+
+    for verb in (write, lambda args: work()):
+        monkeypatch.setattr(verbs, "recipes", verb)
+        assert main(["recipes"]) == 75 and list(tmp_path.iterdir()) == []
+        assert capsys.readouterr().out.startswith("stopped by SIGTERM; incomplete results were removed")
 
 
 @pytest.mark.parametrize("place", ["/proc/x/out", __file__ + "/out"])

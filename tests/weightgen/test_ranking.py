@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from heirloom.common.cli import main
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, Remark
 from weightgen.ranking import rank, rank_checkpoint, snr, top, unstacked
 
 
@@ -99,6 +99,17 @@ def test_experts_are_ranked_one_by_one_and_the_rest_is_said():
     ):
         assert part in text
     assert "gate_up_proj_bias, layers.0.norm.weight" in text
+
+
+def test_a_head_that_is_tied_to_an_embedding_is_left_out_with_it():
+    table = weights(64, 32)
+    tensors = {
+        "lm_head.weight": table.copy(),
+        "embed_tokens.weight": table,
+        "layers.0.up.weight": weights(64, 32, seed=1),
+    }
+    with pytest.warns(Remark, match="embeddings: lm_head.weight, embed_tokens.weight"):
+        assert [one.name for one in rank(tensors)] == ["layers.0.up.weight"]
 
 
 def test_shards_that_are_missing_or_double_are_named(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from heirloom.common.errors import InputError, Remark, Stopped
 from heirloom.common.surgery.axes import Axes, Leaf
+from heirloom.common.train import loop
 from heirloom.common.train.loop import Cadence, Run, closing, difference
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.metrics import MetricsFile
@@ -140,6 +141,16 @@ def test_a_finished_run_says_so(train):
     assert written == [TOTAL, TOTAL] and int(state.step) == TOTAL
 
 
+def test_a_signal_that_comes_twice_at_once_is_one(train, monkeypatch):
+    """Ctrl-C reaches a supervised training from the terminal and from `heirloom supervise`."""
+    twice = {3: lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]}
+    with pytest.raises(Stopped, match="stopped at step 4 of 23"):
+        train("once", Rows(twice))
+    monkeypatch.setattr(loop, "REPEATED", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train("at once", Rows(twice))
+
+
 def test_data_that_end_are_named(train):
     class Short(Rows):
         def __next__(self):
@@ -173,6 +184,26 @@ def test_a_changed_config_is_refused_with_the_difference(tmp_path):
         "new: absent before, null now",
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
+
+
+def test_a_folder_with_a_config_of_something_else_is_left_alone(tmp_path):
+    for config in ({"format": 1, "method": "a", "model": {}}, {"model_type": "vit", "hidden_size": 8, "seed": 0}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=r"has the config\.json of something else; take a new folder"):
+            Run.open(tmp_path, {"optim": {}, "steps": 4, "seed": 0, "method": "a"})
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+        assert json.loads((tmp_path / "config.json").read_text()) == config
+
+
+def test_a_finished_run_without_its_states_is_finished_and_nothing_else(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+    (tmp_path / "config.json").write_text('{"steps": 3}')
+    assert not Run.open(tmp_path, {"steps": 3}).finished(3)  # killed before the first state: it begins again
+    (tmp_path / "model").mkdir()
+    assert Run.open(tmp_path, {"steps": 3}).finished(3)
+    with pytest.raises(InputError, match=r"states are gone; copy checkpoints/ back, or take a new folder"):
+        Run.open(tmp_path, {"steps": 4})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"steps": 3}
 
 
 def test_where_a_run_computes_may_change(tmp_path):

@@ -10,7 +10,15 @@ from jax.sharding import PartitionSpec as P
 
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Axes, Leaf
-from heirloom.common.train.mesh import MeshConfig, _announced, _launched_together, batch_sharding, shardings, start
+from heirloom.common.train.mesh import (
+    MeshConfig,
+    _announced,
+    _launched_together,
+    batch_sharding,
+    devices,
+    shardings,
+    start,
+)
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.rollcall import Job, roll_call
 from heirloom.common.train.state import create_state
@@ -30,6 +38,24 @@ LEAVES = {
     "deep/bias": leaf("layer hidden", 512, 255),
     "blocks/mlp/up/bias": leaf("layer hidden", 2, 512),
 }
+
+
+def test_a_platform_without_devices_is_bad_input_and_a_busy_one_is_tried_again(monkeypatch):
+    def fails(error):
+        def devices():
+            raise error
+
+        monkeypatch.setattr(jax, "devices", devices)
+
+    for error in (AssertionError(), RuntimeError("Unable to initialize backend 'tpu': INTERNAL: no libtpu.so")):
+        fails(error)
+        with pytest.raises(InputError, match=r"no device can be used \(.+\); set JAX_PLATFORMS=cpu, or install"):
+            start(MeshConfig())
+    fails(RuntimeError("ABORTED: The TPU is already in use by process with pid 7"))
+    with pytest.raises(RuntimeError, match="already in use"):
+        start(MeshConfig())
+    with pytest.raises(InputError):
+        devices()
 
 
 def test_layout_by_name_then_by_size(mesh):
