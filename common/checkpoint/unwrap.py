@@ -99,7 +99,8 @@ def weights_files(path: Path) -> list[Path]:
     if not (kinds := list(filter(None, (_matches(path, pattern) for pattern in _PATTERNS)))):
         if (path / "modules.json").is_file() and (parts := sorted(path.glob("*/config.json"))):
             named = " or ".join(str(file.parent) for file in parts)
-            raise InputError(f"{path} is a model of sentence-transformers in parts: name the one with weights, {named}")
+            what = f"{path} is a model of sentence-transformers in parts"
+            raise InputError(f"{what}: name the one with the weights, {named}")
         raise InputError(f"{path} holds {NOTHING}")
     found = _without_variant(kinds)
     for index in found:

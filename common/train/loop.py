@@ -18,6 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from heirloom.common.checkpoint.staging import replacing
 from heirloom.common.checkpoint.state import KEEP, Checkpoints, Keep, steps_on_disk
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.chips import peak_flops
@@ -106,9 +107,8 @@ class Run:
                 lease.append(Lease.take(directory))
                 for line in changes(lines):
                     remark(f"{directory} continues with a change: {line}")
-                part = file.with_name(f"config.json.{os.getpid()}.part")
-                part.write_text(text)
-                part.replace(file)
+                with replacing(file) as part:
+                    part.write_text(text)
 
         with _writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
