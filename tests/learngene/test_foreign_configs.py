@@ -70,7 +70,7 @@ def args(**fields):
         (dict(model_type=None), "model_type is None"),
         (dict(qkv_bias=False), "qkv_bias is False, and the weights have True"),
         (dict(image_size=[8, 16]), r"image_size is \[8, 16\]; only squares can be read"),
-        (dict(hidden_act="gelu_fast"), "hidden_act is 'gelu_fast'"),
+        (dict(hidden_act="relu"), "hidden_act is 'relu'; only 'gelu_python', 'gelu', "),
         (dict(layer_norm_eps="1e-12"), "layer_norm_eps is '1e-12', and must be a number"),
         (dict(num_attention_heads=0), "num_attention_heads is 0, and must be from 1"),
         (dict(num_attention_heads=3), "3 heads do not divide a width of 16"),

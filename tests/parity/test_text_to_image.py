@@ -211,7 +211,7 @@ def test_a_student_finds_the_parts_of_its_donors_pipeline(folder, tmp_path, caps
         (["--prompt", "a", "--null", "none"], "prompt mask"),
         (["--prompt", "a", "-n", "0"], "1 or more"),
         (["--prompt", "a", "--seed", "-1"], "seed -1"),
-        (["--prompt", "a", "--out", "x.png"], "without an ending"),
+        (["--prompt", "a", "--out", "x.png"], "give the name of a folder"),
         (["--prompt", "a", "--pipeline", "nowhere"], "nowhere"),
         (["--prompt", "a", "--guided-steps", "0.9", "0.1"], "guided_steps"),
     ],

@@ -86,7 +86,7 @@ def test_truncated_weights(keep, hf, families):
         (
             "text_config",
             dict(hidden_act="relu"),
-            r"config\.json: text_config: hidden_act is 'relu'; did you mean 'gelu'",
+            r"config\.json: text_config: hidden_act is 'relu'; only 'gelu_python', 'gelu', ",
         ),
         ("vision_config", dict(num_hidden_layers=4), r"tensor 'vision_model\.encoder\.layers\.3\..*' is missing"),
         ("vision_config", dict(patch_size=16), r"tensor 'vision_model\.embeddings\..*' has shape"),
