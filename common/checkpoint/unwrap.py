@@ -97,8 +97,8 @@ def weights_files(path: Path) -> list[Path]:
             " that"
         )
     if not (kinds := list(filter(None, (_matches(path, pattern) for pattern in _PATTERNS)))):
-        if (path / "modules.json").is_file() and (parts := sorted(path.glob("*/config.json"))):
-            named = " or ".join(str(file.parent) for file in parts)
+        if (path / "modules.json").is_file() and (configs := sorted(path.glob("*/config.json"))):
+            named = " or ".join(str(file.parent) for file in configs)
             what = f"{path} is a model of sentence-transformers in parts"
             raise InputError(f"{what}: name the one with the weights, {named}")
         raise InputError(f"{path} holds {NOTHING}")
