@@ -240,7 +240,10 @@ def _resized_part(image: Image.Image, target: tuple[int, int], box: Box, pre: Pr
 
 
 def _padded(image: Image.Image, pre: Preprocess) -> Image.Image:
-    """Resizes the longer side to `size` and pads to a square (open_clip `ResizeKeepRatio`, `CenterCropOrPad`)."""
+    """Resizes the longer side to `size` and pads to a square (open_clip `ResizeKeepRatio`, `CenterCropOrPad`).
+
+    Deviation: `fill` is a grey of every picture; open_clip pads palettes and alpha in their own mode, before RGB.
+    """
     ratio = max(image.size) / pre.size
     width, height = (round(length / ratio) for length in image.size)
     if not (width and height):

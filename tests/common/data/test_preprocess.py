@@ -42,6 +42,16 @@ def test_a_picture_that_becomes_rgb_last_is_resized_in_its_own_mode(mode, tmp_pa
     assert crop.shape == (32, 32, 3)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1"])
+def test_a_padded_picture_becomes_rgb_before_the_padding(mode):
+    pre = Preprocess(32, mode="longest", fill=9, background="last")
+    picture = noise(64, 40).convert("RGBA").convert("RGB" if mode == "P" else mode).convert(mode)
+    padded = np.asarray(centre(picture, pre))
+    inside = np.asarray(picture.resize((32, 20), Image.Resampling.BICUBIC).convert("RGB"))
+    np.testing.assert_array_equal(padded[6:26], inside)
+    assert padded.shape == (32, 32, 3) and (padded[:6] == 9).all() and (padded[26:] == 9).all()
+
+
 class Scripted:
     """A generator that says what it is told to."""
 
