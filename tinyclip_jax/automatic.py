@@ -14,12 +14,13 @@ import tinyclip_jax.train as manual
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
+from heirloom.common.processes import gathered
 from heirloom.common.surgery.axes import Spec, matches
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.report import provenance
 from heirloom.common.train import recipe
 from heirloom.common.train.optim import make_optimizer
-from heirloom.common.train.parameters import best, gathered, load_params, save_params
+from heirloom.common.train.parameters import best, load_params, save_params
 from heirloom.common.train.parts import Evaluator, Opened, Parts, Place
 from heirloom.common.train.recipe import Session
 from heirloom.common.train.step import Batch, LossFn, LossOutput, Params

@@ -19,16 +19,15 @@ from typing import Any, Generic, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSeconds, EveryNSteps, LatestN
 
 from heirloom.common.checkpoint import seal
 from heirloom.common.checkpoint.staging import remove
 from heirloom.common.errors import InputError, remark
+from heirloom.common.processes import from_first, on_first, whole_on_first
 
 Tree = TypeVar("Tree")
 REASON = 200  # characters of the storage library's message that an error quotes
-NONE, LOST = -1, -2  # what process 0 sends instead of a step: there is no state, or no whole one
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,14 @@ class Restored(Generic[Tree]):
 class Checkpoints:
     """The states of a run in a folder. Every process of a job makes the same calls."""
 
-    def __init__(self, directory: Path, keep: Keep = KEEP) -> None:
+    def __init__(self, directory: Path, keep: Keep = KEEP, *, apart: bool = False) -> None:
         """Opens or creates the folder; the first save removes incomplete states. Raises InputError if it cannot be
         created.
+
+        apart: the processes see different folders, so process 0 writes and reads whole arrays for all; else each
+        process its own part.
         """
-        self.directory, self.keep = Path(directory).absolute(), keep
+        self.directory, self.keep, self.apart = Path(directory).absolute(), keep, apart and jax.process_count() > 1
         self._saving: int | None = None
         self._checked: dict[int, str] = {}
         _say_once()
@@ -76,8 +78,10 @@ class Checkpoints:
         """Opened late: orbax reads the metadata of all states, so `latest` first renames damaged ones."""
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self.keep.policy(),
+            create=False,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0} if self.apart else None),
         )
         with _disk_errors(f"{self.directory}: cannot write checkpoints here"):
             return ocp.CheckpointManager(self.directory, options=options)
@@ -88,6 +92,10 @@ class Checkpoints:
         data: any JSON object. The state may be donated once this returns. Raises InputError when this save or the one
         before it fails, and for a step that is not after all saved ones; earlier states stay.
         """
+        if self.apart:
+            state = whole_on_first(state)
+            if jax.process_index() != 0:
+                return
         with _disk_errors(f"{self.directory}: step {step} or the one before it could not be saved; {self._kept()}"):
             self._finish()
             self._saving = step
@@ -127,23 +135,15 @@ class Checkpoints:
         Damaged states are remarked and renamed to STEP.damaged. A state of an earlier version has no SHA-256, so a
         remark says that it is not checked. Raises InputError when there are states and none is whole.
         """
-        step, problem = NONE, ""
-        if jax.process_index() == 0:
-            try:
-                step = self._whole()
-            except InputError as error:
-                step, problem = LOST, str(error)
-        if jax.process_count() > 1:
-            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-        if step == LOST:
-            raise InputError(problem or f"{self.directory}: process 0 found no whole state; its message says more")
+        step = on_first(self._whole)
         if "_manager" in self.__dict__:
             self._manager.reload()
-        self._checked[step] = ""
-        return None if step == NONE else step
+        if step is not None:
+            self._checked[step] = ""
+        return step
 
-    def _whole(self) -> int:
-        """Returns the last whole step or NONE, after renaming damaged ones; in the first process."""
+    def _whole(self) -> int | None:
+        """Returns the last whole step, after renaming damaged ones; None without states."""
         folders = {step: self.directory / str(step) for step in reversed(self.steps())}
         damaged: dict[int, str] = {}
         for step in folders:
@@ -154,8 +154,8 @@ class Checkpoints:
             newest, *_ = folders
             found = f"no state is whole (of the last, {newest}, {damaged[newest]})"
             raise InputError(f"{self.directory}: {found}; copy one back from a backup, or start a new run")
-        whole = next((step for step in folders if step not in damaged), NONE)
-        older = {step: seal.unreadable(folder) for step, folder in folders.items() if step < whole}
+        whole = next((step for step in folders if step not in damaged), None)
+        older = {step: seal.unreadable(folder) for step, folder in folders.items() if step < (whole or 0)}
         with _disk_errors(f"{self.directory}: a damaged state cannot be renamed"):
             for step, problem in damaged.items() | {s: p for s, p in older.items() if p}.items():
                 aside = folders[step].with_name(f"{step}.damaged")
@@ -163,7 +163,7 @@ class Checkpoints:
                 folders[step].rename(aside)
                 used = f"the state of step {whole} is used; what is left of it is {aside}"
                 remark(f"{folders[step]} is damaged: {problem}; {used}")
-        if whole != NONE and not seal.sealed(folders[whole]):
+        if whole is not None and not seal.sealed(folders[whole]):
             remark(f"{folders[whole]}: an earlier version wrote it without SHA-256, so it cannot be checked")
         return whole
 
@@ -179,6 +179,20 @@ class Checkpoints:
         The mesh may differ from the one that wrote it. Raises InputError if the step is missing, damaged or has other
         shapes.
         """
+        if not self.apart:
+            return self._read(step, like)
+
+        arrays = jax.tree.map(lambda one: np.broadcast_to(np.zeros((), one.dtype), one.shape), like)
+        found = list[Restored[Any]]()
+
+        def read() -> dict[str, Any]:
+            found.append(self._read(step, arrays))
+            return found[0].data
+
+        data = on_first(read)
+        return Restored(from_first(found[0].state if found else None, like), data)
+
+    def _read(self, step: int, like: Tree) -> Restored[Tree]:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
         problem = f"{self.directory / str(step)}: cannot be restored; remove it to continue from the state before it"
         if damaged := self._damage(step):

@@ -10,27 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from heirloom.common.errors import InputError
+from heirloom.common.processes import exchange
 from heirloom.common.train.resume import difference
 
-BLOCK = 4096  # bytes: what is exchanged is padded to a multiple, so that few shapes are compiled
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "heirloom-jax")
 OWN = ("pipeline.workers:", "pipeline.prefetch:")  # fields that each host may have for itself
-
-
-def exchange(data: bytes) -> list[bytes]:
-    """Returns the data of all processes, by process. Every process calls it; alone, its own is returned."""
-    if jax.process_count() == 1:
-        return [data]
-    own = np.frombuffer(data, np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(own)))).reshape(-1)
-    padded = np.zeros(max(1, -(-int(sizes.max()) // BLOCK)) * BLOCK, np.uint8)
-    padded[: len(own)] = own
-    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
-    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
 def agree(facts: Mapping[str, Any]) -> None:

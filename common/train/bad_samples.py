@@ -9,7 +9,7 @@ import jax
 
 from heirloom.common.data.bad import BadRecord, Delivered
 from heirloom.common.errors import InputError
-from heirloom.common.train.agreement import exchange
+from heirloom.common.processes import exchange
 
 BAD_SAMPLES = "bad_samples.jsonl"
 JUDGED_FROM = 10_000  # examples of the run

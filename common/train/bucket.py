@@ -3,6 +3,9 @@
 The run is written to a local folder, and that folder is copied to the bucket all the time: lines and pictures within
 seconds, a training state when it is complete. The manifest of a state (`seal.py`) is copied last, so a state without it
 is not there. Another machine that continues the run first downloads the newest state.
+
+In a job of several processes, process 0 does all this, and reads and writes the states for all (`Checkpoints`, apart).
+The others read what they need of the run, such as the model of the stage before, as anybody reads from a bucket.
 """
 
 import os
@@ -20,10 +23,13 @@ import jax
 
 from heirloom.common.checkpoint.seal import MANIFEST, METADATA
 from heirloom.common.checkpoint.weights import read_json
-from heirloom.common.errors import InputError, remark
-from heirloom.common.fetch import download
+from heirloom.common.errors import InputError, Stopped, remark
+from heirloom.common.fetch import copy_of, download, fetch_folder
 from heirloom.common.paths import Address, copy_of_run
+from heirloom.common.processes import together
+from heirloom.common.train.agreement import agree
 from heirloom.common.train.lease import FILE, STALE, Holder, await_silence
+from heirloom.common.train.liveness import watch_each_other
 from heirloom.common.train.mesh import MeshConfig, start
 
 PERIOD = 10.0  # seconds between two copies of what changed, which also say that this job lives
@@ -42,34 +48,78 @@ Files = dict[str, tuple[int, int]]
 def in_bucket(address: Address, period: float = PERIOD) -> Iterator[Path]:
     """Yields the local folder of a run in a bucket, and copies what is written there to the bucket.
 
-    When the bucket fails for longer than a minute and a half, the training is stopped as by SIGTERM. Raises InputError
-    when the bucket cannot be read or written, with the last state that is there, when another job writes the run, and
-    in a job of several processes.
+    Every process of a job calls it; only process 0 copies. When the bucket fails for longer than a minute and a half,
+    the training is stopped as by SIGTERM. Raises InputError when the bucket cannot be read or written, with the last
+    state that is there, and when another job writes the run.
     """
     start(MeshConfig())
-    if jax.process_count() > 1:
-        mount = "mount the bucket on all hosts (gcsfuse), and give the folder"
-        raise InputError(f"{address}: a job of {jax.process_count()} processes cannot write a run there; {mount}")
-    copy = _Copy(address)
-    copy.take()
+    watch_each_other()
+    agree({"run": str(address)})
+    if jax.process_count() > 1 and address.scheme == "memory":
+        raise InputError(f"{address}: each process has a memory of its own; give a bucket, or a folder that all see")
+    copy = _Copy(address) if jax.process_index() == 0 else None
+    together(copy.take if copy else _nothing)
     try:
-        copy.pull()
-        thread = threading.Thread(target=copy.keep, args=(period,), name="bucket", daemon=True)
-        thread.start()
+        together(copy.pull if copy else _nothing)
+        _open.append((address, copy))
+        share()
+        if copy:
+            copy.begin(period)
+        end, all_end = copy.end if copy else _nothing, False
         try:
-            yield copy.folder
-        finally:
-            copy.over.set()
-            thread.join()
-            copy.push()
-            print(f"the run is in {address}")
+            yield copy.folder if copy else copy_of(address)
+            all_end = True
+        except Stopped:
+            all_end = True
+            raise
+        finally:  # the runtime wants the processes to end at one time: they wait for the last copies
+            together(end) if all_end else end()
     finally:
-        copy.release()
+        _open.clear()
+        if copy:
+            copy.release()
+
+
+def apart() -> bool:
+    """Returns whether the processes of this job have the run in folders of their own."""
+    return bool(_open) and jax.process_count() > 1
+
+
+def share() -> None:
+    """Brings what process 0 has written, but no states, to the other processes, through the bucket. All call it.
+
+    Without effect where they see one folder.
+    """
+    if apart():
+        address, copy = _open[0]
+        together(copy.push if copy else _nothing)
+        together(_nothing if copy else lambda: _download(address))
+
+
+_open: "list[tuple[Address, _Copy | None]]" = []
+"""The run of this process that is in a bucket, if any; process 0 copies it there."""
+
+
+def _nothing() -> None: ...
+
+
+def _download(address: Address) -> None:
+    """Downloads the new files of a run, but no states, as they are read from any bucket."""
+    try:
+        there = address.files()
+    except FileNotFoundError:  # the run begins
+        return
+    except OSError as error:
+        raise InputError(f"{address} cannot be read ({error.strerror or error})") from error
+    fetch_folder(address, there, lambda name: not _OWN.search(name) and not _STATE.match(name))
 
 
 class _Copy:
+    """The run in the process that writes it."""
+
     def __init__(self, address: Address) -> None:
-        self.address, self.folder, self.over = address, copy_of_run(address), threading.Event()
+        self.address, self.folder = address, copy_of_run(address)
+        self._over, self._pushing = threading.Event(), threading.Lock()
         self._pushed: dict[str, tuple[int, int]] = {}
         self._states: set[str] = set()  # those that are complete in the bucket
         self._seen: set[str] = set()  # those that were in the local folder
@@ -133,8 +183,23 @@ class _Copy:
         delete = f"delete {self.folder} if that run is no longer needed, or choose another --run"
         return InputError(f"{self.address}: {there}, and its copy on this machine is at {newest}: {delete}")
 
+    def begin(self, period: float) -> None:
+        """Copies what changes, in a thread, until `end`."""
+        self._thread = threading.Thread(target=self._keep, args=(period,), name="bucket", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+        self.push()
+        print(f"the run is in {self.address}")
+
     def push(self) -> None:
         """Uploads what changed, manifests and configs last, and removes states that are gone here."""
+        with self._pushing:
+            self._push()
+
+    def _push(self) -> None:
         names = self._files()
         for name in sorted(names, key=_rank):
             file = self.folder / name
@@ -161,9 +226,9 @@ class _Copy:
                 self._tried(folder.child(name).unlink)
             self._states.discard(state)
 
-    def keep(self, period: float) -> None:
-        """Copies and beats until `over`; when that fails, asks the training to stop."""
-        while not self.over.wait(period):
+    def _keep(self, period: float) -> None:
+        """Copies and beats until `end`; when that fails, asks the training to stop."""
+        while not self._over.wait(period):
             try:
                 if (holder := self._tried(self._holder)) and holder.token != self._mine.token:
                     raise InputError(f"{self.address}: {holder} took over the run; this job stops")

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from heirloom.common.errors import Exit, remark
-from heirloom.common.train.agreement import exchange
+from heirloom.common.processes import exchange
 
 WELL = (Exit.DONE, Exit.STOPPED)  # exit codes of a process whose end is no failure
 CONNECT = 20.0  # seconds in which processes connect to process 0

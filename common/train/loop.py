@@ -24,9 +24,10 @@ from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.chips import peak_flops
 from heirloom.common.errors import InputError, Stopped, remark
 from heirloom.common.paths import METRICS, local, stages_of
+from heirloom.common.processes import on_first
 from heirloom.common.train.bad_samples import BAD_SAMPLES, BadSamples, Feed
+from heirloom.common.train.bucket import apart
 from heirloom.common.train.lease import Lease
-from heirloom.common.train.mesh import on_first
 from heirloom.common.train.metrics import Clock, MetricsFile, Recorder, Window, Work, last_scores
 from heirloom.common.train.progress import ProgressLine
 from heirloom.common.train.resume import FREE, changes, difference
@@ -103,15 +104,6 @@ class Run:
         lease: list[Lease] = []
 
         def take() -> None:
-            with _writable(directory):
-                lease.append(Lease.take(directory))
-                for line in changes(lines):
-                    remark(f"{directory} continues with a change: {line}")
-                with replacing(file) as part:
-                    part.write_text(text)
-
-        with _writable(directory):
-            directory.mkdir(parents=True, exist_ok=True)
             done, steps = _done(directory), config.get("steps", math.inf)
             # Before that the config may still change. An imported zoo has neither steps nor metrics.
             begun = done > 0 or (directory / METRICS).exists() or (directory / "zoo").is_dir()
@@ -129,12 +121,20 @@ class Run:
             if done != steps and (directory / "model").exists() and not steps_on_disk(directory / "checkpoints"):
                 gone = f"{directory} has a model, but its training states are gone"
                 raise InputError(f"{gone}; copy checkpoints/ back, or take a new folder")
-        on_first(take)
+            lease.append(Lease.take(directory))
+            for line in changes(lines):
+                remark(f"{directory} continues with a change: {line}")
+            with replacing(file) as part:
+                part.write_text(text)
+
+        with _writable(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            on_first(take)
         return cls(directory, json.loads(text), keep, lease[0] if lease else None)
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.directory / "checkpoints", self.keep)
+        return Checkpoints(self.directory / "checkpoints", self.keep, apart=apart())
 
     @property
     def model(self) -> Path:
@@ -143,7 +143,7 @@ class Run:
 
     def finished(self, total: int) -> bool:
         """Returns whether all `total` steps are done and the model is written."""
-        return self.model.exists() and _done(self.directory) == total
+        return on_first(lambda: self.model.exists() and _done(self.directory) == total)
 
     def restore_or(self, make_state: Callable[[], State], like: State, after: int = 0) -> State:
         """Restores the last whole state, in shapes and shardings of `like` (`abstract_state`), or makes a new one.

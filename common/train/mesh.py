@@ -3,12 +3,11 @@
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from heirloom.common.errors import InputError
@@ -69,28 +68,6 @@ def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
         asked = " x ".join(f"{name} {size}" for name, size in shape.items())
         raise InputError(f"mesh {asked} does not make {devices} devices: change sizes, one may be -1 (the rest)")
     return shape
-
-
-def on_first(work: Callable[[], None]) -> None:
-    """Runs `work` in the first process of a job, for what is written once. The others wait, and fail where it fails.
-
-    Call it in every process, after `start`. Raises the InputError of `work`, in the other processes one that points
-    there.
-    """
-    if jax.process_count() == 1:
-        work()
-        return
-    failure: InputError | None = None
-    if jax.process_index() == 0:
-        try:
-            work()
-        except InputError as error:
-            failure = error
-    failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failure is not None)))
-    if failure:
-        raise failure
-    if failed:
-        raise InputError("process 0 could not write what the others wait for; its own message says why")
 
 
 def shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:

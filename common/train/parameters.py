@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from heirloom.common.checkpoint import weights
@@ -17,6 +16,7 @@ from heirloom.common.checkpoint.staging import staged
 from heirloom.common.errors import InputError, remark
 from heirloom.common.nn.quantized import INT8, QArray, quantized
 from heirloom.common.paths import AnyPath
+from heirloom.common.processes import gathered, together
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.layout import View
@@ -83,27 +83,25 @@ def save_params(
     spec: Spec | None = None,
     force: bool = False,
 ) -> None:
-    """Writes a weights folder; every process gathers, the first one writes.
+    """Writes a weights folder; every process gathers, the first one writes, and the others wait.
 
     sidecars(folder): writes further files. spec: needed where layers differ in size (`write_params`).
     """
     whole = {name: jax.tree.map(gathered, value) for name, value in params.items()}
-    if jax.process_index() != 0:
-        return
-    with staged(path, force=force) as folder:
-        folder.mkdir()
-        weights.write_params(folder, whole, spec=spec)
-        weights.write_config(folder, method, cfg, INT8 if quantized(whole) else "")
-        sidecars(folder)
+
+    def write() -> None:
+        if jax.process_index() != 0:
+            return
+        with staged(path, force=force) as folder:
+            folder.mkdir()
+            weights.write_params(folder, whole, spec=spec)
+            weights.write_config(folder, method, cfg, INT8 if quantized(whole) else "")
+            sidecars(folder)
+
+    together(write)
 
 
 def best(state: State) -> dict[str, jax.Array]:
     """Returns the averaged parameters, or the parameters of a run without average."""
     return state.params if state.ema is None else state.ema
 
-
-def gathered(value: jax.Array | np.ndarray) -> np.ndarray:
-    """Returns the whole array on every process."""
-    if not isinstance(value, jax.Array) or value.is_fully_addressable:
-        return np.asarray(value)
-    return np.asarray(multihost_utils.process_allgather(value, tiled=True))

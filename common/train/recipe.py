@@ -27,15 +27,17 @@ from heirloom.common.errors import InputError, between, check_seed, positive
 from heirloom.common.evaluate.scored import Scored
 from heirloom.common.fetch import origin
 from heirloom.common.nn.functional import functional
+from heirloom.common.processes import on_first
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.surgery.report import provenance
 from heirloom.common.train.about import note_start, note_student
 from heirloom.common.train.abstract import Abstract, abstract_batch, abstract_params
 from heirloom.common.train.agreement import agree, one_place, versions
+from heirloom.common.train.bucket import apart, share
 from heirloom.common.train.liveness import watch_each_other
 from heirloom.common.train.loop import Cadence, Data, Run
-from heirloom.common.train.mesh import MeshConfig, on_first, shardings, start
+from heirloom.common.train.mesh import MeshConfig, shardings, start
 from heirloom.common.train.optim import OptimConfig, frozen_paths, make_optimizer
 from heirloom.common.train.parameters import best, finite, load_params, save_params
 from heirloom.common.train.parts import Look, Opened, Parts, Place, Teacher
@@ -163,7 +165,8 @@ def begin(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> Sessio
     """Opens a run before its first phase. Returns None when the run is finished."""
     mesh = start(cfg.mesh)
     agree({"config": asdict(cfg), "versions": versions()})
-    one_place(directory)
+    if not apart():
+        one_place(directory)
     watch_each_other()
     cfg.check(mesh)
     keep = Keep(last=cfg.keep_last, every=cfg.keep_every, minutes=cfg.keep_minutes)
@@ -243,7 +246,7 @@ def train(
     agree({"step": int(state.step), "data": s.data.state(), "resumed": s.run.resumed.get("data")})
     evaluator = parts.evaluator(opened) if parts.evaluator else None
     with open_writers(cfg.writers, folder, s.run.config, int(state.step)) as writers:
-        return s.run.fit(
+        ended = s.run.fit(
             state,
             step,
             s.data,
@@ -255,6 +258,8 @@ def train(
             evaluate=(lambda state: evaluator(best(state), int(state.step), folder)) if evaluator else None,
             on_finish=finish or write,
         )
+    share()  # the next phase or stage may read what this one wrote
+    return ended
 
 
 def _note_student(run: Path, parts: Parts) -> None:

@@ -3,7 +3,6 @@
 import base64
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import fields, is_dataclass
 
 import jax
@@ -14,9 +13,8 @@ from heirloom.common.data.sources import SourceConfig
 from heirloom.common.data.sources.resolve import shards_of
 from heirloom.common.data.tar_index import adopt, index_name, known_index
 from heirloom.common.paths import Address, AnyPath, place
-from heirloom.common.train.agreement import exchange
+from heirloom.common.processes import exchange, together
 
-BEAT = 2.0  # seconds between two messages while some processes still index: a collective must not wait long
 PART = 2**24  # bytes of indexes that a process sends at a time
 
 
@@ -24,7 +22,7 @@ def share_indexes(cfg: object) -> None:
     """Indexes the tar shards that a config names, in a job of several processes. Every process calls it.
 
     Each process indexes its share on all its cores. What the others do not find, as their disks are their own, is sent
-    to them. Raises InputError when a shard of this process cannot be indexed; then the others end too (`liveness.py`).
+    to them. Raises InputError when a shard cannot be indexed.
     """
     if jax.process_count() == 1:
         return
@@ -32,11 +30,8 @@ def share_indexes(cfg: object) -> None:
     process, count = jax.process_index(), jax.process_count()
     new = [shards[i] for i in catalogue.missing(shards) if i % count == process]
     sizes = [stamp.size for stamp in catalogue.stamps(new)]
-    with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(index_all, new, sizes)
-        while any(json.loads(text) for text in exchange(json.dumps(not found.done()).encode())):
-            wait([found], BEAT)
-    _tell(dict(zip(new, found.result(), strict=True)))
+    found = together(lambda: index_all(new, sizes))
+    _tell(dict(zip(new, found, strict=True)))
 
 
 def _data(cfg: object) -> Iterator[SourceConfig]:

@@ -8,8 +8,8 @@ from types import ModuleType
 from typing import Any, Literal, Protocol
 
 from heirloom.common.errors import InputError, Stopped, remark
+from heirloom.common.processes import on_first
 from heirloom.common.train.about import identity
-from heirloom.common.train.mesh import on_first
 
 
 class Writer(Protocol):

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from heirloom.common.errors import InputError, between, positive
 from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.processes import gathered
 from heirloom.common.train import recipe
 from heirloom.common.train.optim import OptimConfig
-from heirloom.common.train.parameters import best, gathered
+from heirloom.common.train.parameters import best
 from heirloom.common.train.parts import Opened, Parts
 from heirloom.common.train.step import Batch, LossOutput, Params, StepConfig
 from weightgen.codec import GateConfig, left_out, measure

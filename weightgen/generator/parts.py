@@ -14,7 +14,7 @@ import numpy as np
 from heirloom.common.errors import between, positive
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import unit
-from heirloom.common.train.parameters import gathered
+from heirloom.common.processes import gathered
 from heirloom.common.train.parts import Parts
 from heirloom.common.train.step import Batch, LossOutput, Params
 from weightgen.codec import (

@@ -3,8 +3,9 @@ import json
 import pytest
 
 from heirloom.common.errors import InputError
+from heirloom.common.processes import exchange
 from heirloom.common.train import agreement
-from heirloom.common.train.agreement import agree, exchange, one_place, versions
+from heirloom.common.train.agreement import agree, one_place, versions
 
 
 @pytest.fixture
