@@ -4,6 +4,7 @@ Every process makes the same calls in the same order, after `start`. With one pr
 """
 
 import json
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
@@ -65,12 +66,13 @@ def together(work: Callable[[], T]) -> T:
     while True:
         wait([found], BEAT)
         failure = found.exception() if found.done() else None
-        why = (str(failure) or type(failure).__name__) if failure else ""
+        why = f"on {socket.gethostname()} failed: {str(failure) or type(failure).__name__}" if failure else ""
         told = [json.loads(text) for text in exchange(json.dumps([found.done(), why]).encode())]
-        if why:
-            return found.result()  # raises
-        if failed := next((i for i, (_, why) in enumerate(told) if why), None):
-            raise InputError(f"process {failed} failed: {told[failed][1]}")
+        if failure:
+            raise failure
+        for process, (_, why) in enumerate(told):
+            if why:
+                raise InputError(f"process {process} {why}")
         if all(done for done, _ in told):
             return found.result()
 

@@ -1,5 +1,6 @@
 """`heirloom supervise -- heirloom train ...`: runs a command again until it is finished."""
 
+import re
 import signal
 import subprocess
 import time
@@ -10,9 +11,10 @@ from types import FrameType
 from typing import Any
 
 from heirloom.common.errors import Exit, InputError
-from heirloom.common.paths import Address, copy_of_run, place
+from heirloom.common.paths import Address, AnyPath, copy_of_run, place
 
 LONGEST = 300.0  # seconds between two tries
+_STATE = re.compile(r"((?:.*/)?checkpoints/\d+)/sha256\.json")  # in a bucket it is written last
 
 
 @dataclass(frozen=True)
@@ -55,29 +57,32 @@ def supervise(command: Sequence[str], tries: int, pause: float, sleep: Callable[
         sleep(wait)
 
 
-def run_folder(command: Sequence[str]) -> Path | None:
+def run_folder(command: Sequence[str]) -> AnyPath | None:
     """Returns what follows `--run` in a command."""
     for i, word in enumerate(command):
         if word == "--run" and i + 1 < len(command):
-            return _local(command[i + 1])
+            return place(command[i + 1])
         if word.startswith("--run="):
-            return _local(word.removeprefix("--run="))
+            return place(word.removeprefix("--run="))
     return None
 
 
-def _local(run: str) -> Path:
-    """Returns the folder of a run; of one in a bucket, the local one."""
-    found = place(run)
-    return copy_of_run(found) if isinstance(found, Address) else found
-
-
-def states(run: Path | None) -> list[str]:
+def states(run: AnyPath | None) -> list[str]:
     """Lists the training states below a run folder, such as `stage_1/checkpoints/3000`, the newest last.
 
     By the time they were written: parts of a run have names of any order (`teacher` is trained before `gene-sws`).
+    Those of a run in a bucket are looked up there, in the order of their steps: not every host of a job has them.
     """
     if run is None:
         return []
+    if isinstance(run, Address):
+        try:
+            found = map(_STATE.fullmatch, run.files())
+        except FileNotFoundError:
+            return []
+        except OSError:  # of a bucket that is away, the local copy is what is known
+            return states(copy_of_run(run))
+        return sorted((one[1] for one in found if one), key=lambda state: int(state.rpartition("/")[2]))
     found = [path for path in run.rglob("checkpoints/*") if path.name.isdecimal()]
     return [str(path.relative_to(run)) for path in sorted(found, key=_written)]
 

@@ -4,10 +4,10 @@
 #   export NAME=clip ZONE=us-central1-a TYPE=v5litepod-16 BUCKET=gs://my-bucket    # SPOT=1 for spot capacity
 #   export SOURCE=git+https://...    # heirloom's repository, or the address of a wheel: it is on no package index
 #   infra/tpu_vm.sh create && infra/tpu_vm.sh setup
-#   infra/tpu_vm.sh run heirloom train tinyclip/vit_39m_16 --run /shared/clip --data.path "$BUCKET/yfcc/{00000..01499}.tar"
+#   infra/tpu_vm.sh run heirloom train tinyclip/vit_39m_16 --run "$BUCKET/clip" --data.path "$BUCKET/yfcc/{00000..01499}.tar"
 #   infra/tpu_vm.sh watch heirloom train ...      # the same command: creates the slice again whenever it is preempted
 #
-# /shared is a disk that all hosts mount: Filestore, or a bucket by gcsfuse. See docs/pods.md.
+# The hosts share nothing but the bucket. See docs/pods.md.
 #
 # Not run: written from the documentation of Cloud TPU (queued resources) in November 2026, checked with shellcheck.
 set -euo pipefail

@@ -8,13 +8,14 @@ In a job of several processes, process 0 does all this, and reads and writes the
 The others read what they need of the run, such as the model of the stage before, as anybody reads from a bucket.
 """
 
+import json
 import os
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,15 @@ def share() -> None:
         address, copy = _open[0]
         together(copy.push if copy else _nothing)
         together(_nothing if copy else lambda: _download(address))
+
+
+def shown(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config, as JSON, with the address for the local folder of the run: the same for every machine."""
+    text = json.dumps(config)
+    for address, copy in _open:
+        folder = copy.folder if copy else copy_of(address)
+        text = text.replace(json.dumps(str(folder))[1:-1], str(address))
+    return json.loads(text)
 
 
 _open: "list[tuple[Address, _Copy | None]]" = []

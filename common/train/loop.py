@@ -26,7 +26,7 @@ from heirloom.common.errors import InputError, Stopped, remark
 from heirloom.common.paths import METRICS, local, stages_of
 from heirloom.common.processes import on_first
 from heirloom.common.train.bad_samples import BAD_SAMPLES, BadSamples, Feed
-from heirloom.common.train.bucket import apart
+from heirloom.common.train.bucket import apart, shown
 from heirloom.common.train.lease import Lease
 from heirloom.common.train.metrics import Clock, MetricsFile, Recorder, Window, Work, last_scores
 from heirloom.common.train.progress import ProgressLine
@@ -100,7 +100,7 @@ class Run:
         """
         local(Path(directory), "a run")
         directory = Path(directory).absolute()
-        file, text = directory / "config.json", json.dumps(config, indent=2)
+        file, text = directory / "config.json", json.dumps(shown(config), indent=2)
         lease: list[Lease] = []
 
         def take() -> None:

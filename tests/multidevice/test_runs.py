@@ -6,8 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from socket import create_server
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from heirloom.common.checkpoint.state import Checkpoints
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.state import abstract_state
+from tests.multidevice.jobs import environments
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 120  # seconds until a process that hangs is a failure
@@ -25,7 +26,7 @@ LIMIT = 120  # seconds until a process that hangs is a failure
 def launch(run, *options, **env):
     command = [sys.executable, str(Path(__file__).with_name("toy_run.py")), str(run), *map(str, options)]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    clean |= {"PYTHONPATH": str(ROOT)} | env
+    clean |= {"PYTHONPATH": str(ROOT)} | env  # `environments` for one of several
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean
     )
@@ -73,15 +74,17 @@ def spec():
     return module.SPEC
 
 
+def restored(run, step):
+    """A state of the toy run, over the eight devices of this process."""
+    leaves, mesh = spec(), start(MeshConfig(2, 2, 2))
+    optimizer = make_optimizer(OptimConfig(lr=1e-3, warmup=5, schedule="constant"), leaves, 1000)
+    return Checkpoints(run / "checkpoints").restore(step, abstract_state(optimizer, leaves, mesh, 0.9))
+
+
 def test_a_state_moves_from_eight_devices_to_two_and_back(tmp_path):
     finish(launch(tmp_path / "eight", "--total", 9))
     finish(launch(tmp_path / "eight", "--devices", 2, "--mesh", 1, 2, 1, "--copy", tmp_path / "two"))
-    mesh = start(MeshConfig(2, 2, 2))
-    leaves = spec()
-    like = abstract_state(
-        make_optimizer(OptimConfig(lr=1e-3, warmup=5, schedule="constant"), leaves, 1000), leaves, mesh, 0.9
-    )
-    written = [Checkpoints(tmp_path / name / "checkpoints").restore(9, like) for name in ("eight", "two")]
+    written = [restored(tmp_path / name, 9) for name in ("eight", "two")]
     assert written[0].data == written[1].data and written[0].data["data"] == {"next": 9}
     jax.tree.map(np.testing.assert_array_equal, written[0].state, written[1].state)
     kernel = written[1].state.params["up/kernel"]
@@ -91,12 +94,10 @@ def test_a_state_moves_from_eight_devices_to_two_and_back(tmp_path):
 @pytest.mark.slow
 def test_two_processes_are_stopped_and_resumed_as_one(tmp_path):
     run, alone = tmp_path / "run", tmp_path / "alone"
-    with create_server(("localhost", 0)) as server:
-        address = f"localhost:{server.getsockname()[1]}"
     mesh = ("--devices", 2, "--mesh", 2, 2, 1, "--total", 10**6)
-    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     # only the second process hears SIGTERM: both must stop at the same step, and save it together
-    processes = [launch(run, *mesh, *term, JAX_PROCESS_ID=str(i), **job) for i, term in enumerate([(), ("--term", 3)])]
+    terms = ((), ("--term", 3))
+    processes = [launch(run, *mesh, *term, **env) for term, env in zip(terms, environments(2), strict=True)]
     out = [finish(process, 75) for process in processes]
     said = re.search(r"^stopped at step ([\d,]+) of 1,000,000", out[0], re.MULTILINE)
     assert said and "stopped at" not in out[1], out
@@ -115,6 +116,22 @@ def test_two_processes_are_stopped_and_resumed_as_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_with_folders_of_their_own_continue_a_run_from_that_of_the_first(tmp_path):
+    own, alone = tmp_path / "own", tmp_path / "alone"
+    mesh = ("--mesh", 2, 2, 1, "--total")
+    reference = launch(alone, "--devices", 4, *mesh, 16)
+    finish(launch(own / "0", "--devices", 4, *mesh, 8))
+    for process in [launch(own, "--apart", "--devices", 2, *mesh, 16, **env) for env in environments(2)]:
+        finish(process)
+    finish(reference)
+    assert not (own / "1" / "metrics.jsonl").exists() and not list((own / "1" / "checkpoints").iterdir())
+    assert [line["step"] for line in curve(own / "0")] == [5, 8, 10, 15, 16]
+    found, expected = (restored(folder, 16) for folder in (own / "0", alone))
+    assert found.data["data"] == expected.data["data"] == {"next": 16}
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), found.state, expected.state)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rates, folders, said",
     [
@@ -124,13 +141,10 @@ def test_two_processes_are_stopped_and_resumed_as_one(tmp_path):
     ],
 )
 def test_processes_that_differ_end_before_the_first_step(tmp_path, rates, folders, said):
-    with create_server(("localhost", 0)) as server:
-        address = f"localhost:{server.getsockname()[1]}"
-    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     mesh = ("--devices", 1, "--mesh", 2, 1, 1)
     processes = [
-        launch(tmp_path / folder, *mesh, "--lr", lr, JAX_PROCESS_ID=str(i), **job)
-        for i, (lr, folder) in enumerate(zip(rates, folders, strict=True))
+        launch(tmp_path / folder, *mesh, "--lr", lr, **env)
+        for lr, folder, env in zip(rates, folders, environments(2), strict=True)
     ]
     for process in processes:
         _, err = process.communicate(timeout=LIMIT)

@@ -5,26 +5,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from socket import create_server
 
 import pytest
 
 from tests.common.data.conftest import write_tar  # noqa: F401
+from tests.multidevice.jobs import environments
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 120  # seconds until a process that hangs is a failure
 
 
 def both(tmp_path, places):
-    with create_server(("localhost", 0)) as server:
-        job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{server.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    env |= job | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(Path(__file__).with_name("sharing.py")), str(tmp_path / "data"), places]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     found = [
-        subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": i, "XDG_CACHE_HOME": str(tmp_path / i)}, **pipes)
-        for i in "01"
+        subprocess.Popen(command, env=env | {"XDG_CACHE_HOME": str(tmp_path / env["JAX_PROCESS_ID"])}, **pipes)
+        for env in environments(2)
     ]
     try:
         return [(process.communicate(timeout=LIMIT), process.returncode) for process in found]

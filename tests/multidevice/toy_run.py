@@ -11,6 +11,7 @@ import numpy as np
 
 from heirloom.common.errors import InputError, Stopped
 from heirloom.common.surgery.axes import Axes, Leaf
+from heirloom.common.train import loop
 from heirloom.common.train.agreement import agree, one_place
 from heirloom.common.train.loop import Cadence, Run
 from heirloom.common.train.mesh import MeshConfig, batch_sharding, start
@@ -76,6 +77,7 @@ def main():
     parser.add_argument("--stall", type=int, default=-1)
     parser.add_argument("--term", type=int, default=-1)
     parser.add_argument("--lr", type=float, help="a fact that all processes must agree on; nothing is trained")
+    parser.add_argument("--apart", action="store_true", help="each process has a folder of its own in the run")
     parser.add_argument("--copy", type=Path, help="only read the last state here, and write it there")
     args = parser.parse_args()
 
@@ -91,6 +93,9 @@ def main():
         except InputError as error:
             sys.exit(str(error))
         return
+    if args.apart:
+        loop.apart = lambda: True
+        args.run /= str(jax.process_index())
     run = Run.open(args.run, {})
     optimizer = make_optimizer(OptimConfig(lr=1e-3, warmup=5, schedule="constant"), SPEC, 1000)
     like = abstract_state(optimizer, SPEC, mesh, STEP.ema)

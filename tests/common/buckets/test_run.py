@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
 from heirloom.common.paths import Address, copy_of_run
+from heirloom.common.supervise import run_folder, states
 from heirloom.common.train import bucket as runs
 from heirloom.common.train.bucket import in_bucket
 from heirloom.common.train.lease import Holder, _born
@@ -137,11 +138,31 @@ def test_one_job_writes_a_run(memory, monkeypatch):
     assert "lease.json" not in memory.files()
 
 
-def test_a_run_of_several_processes_is_refused(memory, monkeypatch):
-    monkeypatch.setattr(runs, "start", lambda cfg: monkeypatch.setattr(runs.jax, "process_count", lambda: 4))
-    refused = pytest.raises(InputError, match="a job of 4 processes cannot write a run there; mount the bucket")
+def test_a_job_of_several_processes_has_no_run_in_memory(memory, monkeypatch):
+    for name in ("watch_each_other", "agree"):
+        monkeypatch.setattr(runs, name, lambda *_: monkeypatch.setattr(runs.jax, "process_count", lambda: 4))
+    refused = pytest.raises(InputError, match="each process has a memory of its own; give a bucket")
     with refused, in_bucket(memory):
         raise AssertionError("never")
+
+
+def test_the_config_of_a_run_names_the_bucket_not_this_machine(memory):
+    with in_bucket(memory) as folder:
+        config = {"donor": f"{folder}/stage_1/model", "steps": 3}
+        assert runs.shown(config) == {"donor": f"{memory}/stage_1/model", "steps": 3}
+    assert runs.shown(config) == config
+
+
+def test_supervise_finds_the_states_in_the_bucket(memory, monkeypatch):
+    assert states(memory) == []
+    for name in ("stage_1/checkpoints/100", "stage_2/checkpoints/20", "checkpoints/3"):
+        memory.child(f"{name}/sha256.json").write_bytes(b"{}")
+    memory.child("stage_2/checkpoints/30/state/a").write_bytes(b"not complete")
+    assert states(memory) == ["checkpoints/3", "stage_2/checkpoints/20", "stage_1/checkpoints/100"]
+    assert run_folder(["train", "--run", str(memory)]) == memory
+    write_state(copy_of_run(memory), 7)
+    monkeypatch.setattr(Address, "files", lambda self: (_ for _ in ()).throw(OSError(5, "503")))
+    assert states(memory) == ["checkpoints/7"]
 
 
 def test_a_copy_of_a_run_that_was_removed_or_begun_anew_is_not_uploaded(memory):
