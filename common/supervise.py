@@ -77,12 +77,12 @@ def states(run: AnyPath | None) -> list[str]:
         return []
     if isinstance(run, Address):
         try:
-            found = map(_STATE.fullmatch, run.files())
+            matches = map(_STATE.fullmatch, run.files())
         except FileNotFoundError:
             return []
         except OSError:  # of a bucket that is away, the local copy is what is known
             return states(copy_of_run(run))
-        return sorted((one[1] for one in found if one), key=lambda state: int(state.rpartition("/")[2]))
+        return sorted((one[1] for one in matches if one), key=lambda state: int(state.rpartition("/")[2]))
     found = [path for path in run.rglob("checkpoints/*") if path.name.isdecimal()]
     return [str(path.relative_to(run)) for path in sorted(found, key=_written)]
 
