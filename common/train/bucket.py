@@ -30,7 +30,7 @@ from heirloom.common.paths import Address, copy_of_run
 from heirloom.common.processes import together
 from heirloom.common.train.agreement import agree
 from heirloom.common.train.lease import FILE, STALE, Holder, await_silence
-from heirloom.common.train.liveness import watch_each_other
+from heirloom.common.train.liveness import outlive_others, watch_each_other
 from heirloom.common.train.mesh import MeshConfig, start
 
 PERIOD = 10.0  # seconds between two copies of what changed, which also say that this job lives
@@ -73,8 +73,12 @@ def in_bucket(address: Address, period: float = PERIOD) -> Iterator[Path]:
         except Stopped:
             all_end = True
             raise
-        finally:  # the runtime wants the processes to end at one time: they wait for the last copies
-            together(end) if all_end else end()
+        finally:
+            if all_end:  # the runtime wants the processes to end at one time: they wait for the last copies
+                together(end)
+            else:
+                outlive_others()
+                end()
     finally:
         _open.clear()
         if copy:

@@ -24,6 +24,7 @@ from heirloom.common.processes import exchange
 WELL = (Exit.DONE, Exit.STOPPED)  # exit codes of a process whose end is no failure
 CONNECT = 20.0  # seconds in which processes connect to process 0
 HEAR = 3.0  # seconds until word of another process must have come
+OWN = 1.0  # seconds in which this process may end by itself, since bad input is often found by all at once
 LINE = 10_000  # bytes that a message may have
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a host without power is noticed after 30 s
 
@@ -87,6 +88,11 @@ def leave(code: int, why: str = "") -> None:
         os._exit(code)
 
 
+def outlive_others() -> None:
+    """Lets this process end in its own time, for the last copies: the ends of others no longer end it."""
+    _ending.set()
+
+
 def wait_for_failure_of_others() -> None:
     """Ends this process if another one has ended, which is why an operation fails here; else returns after a while."""
     if _peers:
@@ -126,6 +132,8 @@ def _listen(peer: _Peer) -> None:
         for other in _peers:
             if other is not peer:
                 other.send(message)
+        if message["code"] == Exit.BAD_INPUT and _ending.wait(OWN):
+            return
         why, who = message["why"], f"process {message['process']} on {message['host']}"
         said = f"{who} {why}: see its own output" if message["code"] == Exit.LOST else f"{who} failed: {why}"
         print(f"heirloom: {said}", file=sys.stderr, flush=True)
