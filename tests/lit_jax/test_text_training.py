@@ -395,3 +395,10 @@ def test_a_damaged_cache_is_refused(cache, tmp_path, name, keep):
 def test_shares_are_checked(field, value):
     with pytest.raises(InputError, match=f"{field} is"):
         Config(**{field: value})
+
+
+def test_a_kernel_of_another_device_is_refused_before_pictures_are_encoded(recipe, tmp_path):
+    cfg = replace(recipe, student=replace(LIT, implementation="mosaic_gpu"))
+    with pytest.raises(InputError, match="mosaic_gpu is a kernel for gpu, this is cpu: set it to xla"):
+        cfg.train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
