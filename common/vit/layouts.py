@@ -1,16 +1,8 @@
 """Layouts of foreign ViT checkpoints: timm and DeiT, SWS and TLEG genes, google-research archives."""
 
 from heirloom.common.surgery.layout import Layout
+from heirloom.common.surgery.rows import PATCH, Rows, module, modules, packed
 from heirloom.common.vit.model import VitConfig
-
-Rows = tuple[tuple[str, ...], ...]
-PATCH = "embed channel patch_row patch_col"
-
-
-def module(ours: str, theirs: str, weight: str = "weight", bias: str = "bias") -> Rows:
-    """Weight and bias of a linear layer or a norm."""
-    own = "scale" if ours.endswith("norm") else "kernel"
-    return ((f"{ours}/{own}", f"{theirs}.{weight}"), (f"{ours}/bias", f"{theirs}.{bias}"))
 
 
 def positions(cfg: VitConfig, key: str, batch: str = "1 ") -> Rows:
@@ -29,12 +21,6 @@ def stem(cfg: VitConfig, patch: str, cls: str, dist: str, position: str) -> Rows
         ("distillation_token/cls", dist, "1 1 embed"),
         *positions(cfg, position),
     )
-
-
-def packed(ours: tuple[str, ...], theirs: str, weight: str = "weight", bias: str = "bias") -> Rows:
-    """Weight and bias of linear layers that share a tensor, rows in this order."""
-    leaves = {"kernel": weight, "bias": bias}
-    return tuple((" + ".join(f"{path}/{leaf}" for path in ours), f"{theirs}.{key}") for leaf, key in leaves.items())
 
 
 def _timm_blocks(cfg: VitConfig, prefix: str, suffix: str = "", *leaves: str) -> Rows:
@@ -59,7 +45,7 @@ def _timm_pool(key: str) -> Rows:
     return (
         ("pool/latent", f"{key}.latent", "1 1 embed"),
         *packed(("pool/memory/key", "pool/memory/value"), f"{key}.kv"),
-        *(row for ours, theirs in names.items() for row in module(f"pool/{ours}", f"{key}.{theirs}")),
+        *modules("pool", key, names),
     )
 
 
