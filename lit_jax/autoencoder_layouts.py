@@ -228,11 +228,10 @@ FORMATS = (
     Format(name="diffusers", layout=DIFFUSERS, file=FILE, read_config=_read, write_config=_write, clean=clean),
     Format("flax", FLAX, "diffusion_flax_model.msgpack", read_config=_read_flax, write_config=_write_flax),
 )
-CONFIG = partial(from_json, AutoencoderConfig)
 FAMILY = Family(
     name="autoencoder",
     module=Autoencoder,
-    config=CONFIG,
+    config=partial(from_json, AutoencoderConfig),
     formats=FORMATS,
     sidecars=_sidecars,
     verify=verify,

@@ -39,13 +39,13 @@ def _timm_blocks(cfg: VitConfig, prefix: str, suffix: str = "", *leaves: str) ->
     )
 
 
-def _timm_pool(key: str) -> Rows:
+def _timm_pool() -> Rows:
     """Attention pooling in timm's names."""
     names = {"attn/query": "q", "attn/out": "proj", "norm": "norm", "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"}
     return (
-        ("pool/latent", f"{key}.latent", "1 1 embed"),
-        *packed(("pool/memory/key", "pool/memory/value"), f"{key}.kv"),
-        *modules("pool", key, names),
+        ("pool/latent", "attn_pool.latent", "1 1 embed"),
+        *packed(("pool/memory/key", "pool/memory/value"), "attn_pool.kv"),
+        *modules("pool", "attn_pool", names),
     )
 
 
@@ -55,7 +55,7 @@ def _timm(name: str, cfg: VitConfig, blocks: Rows) -> Layout:
     front = stem(cfg, "patch_embed.proj", "cls_token", "dist_token", "pos_embed")
     registers = ("registers/register", "reg_token", "1 register embed")
     norms = (*module("pre_norm", "norm_pre"), *module("norm", norm))
-    return Layout(name, (*front, registers, *blocks, *norms, *_timm_pool("attn_pool"), *heads))
+    return Layout(name, (*front, registers, *blocks, *norms, *_timm_pool(), *heads))
 
 
 def timm(cfg: VitConfig) -> Layout:
