@@ -34,7 +34,7 @@ from heirloom.common.evaluate.zeroshot import (
     read_templates,
 )
 from heirloom.common.notebook.modules import make_callable
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.parts import Model
 from tinyclip_jax.inputs import preprocess_of, tokenizer_of
@@ -257,7 +257,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     args.data = args.data or "emoji"
     split = args.split or ("test" if args.data.split(":")[0] == "emoji" else "")
-    mesh = start(MeshConfig())
+    mesh = start()
     setup = setup_of(donor, mesh)
     data = SourceConfig(path=args.data, split=split, image=args.image, text=args.text)
     score = score_on(data, args.task, setup, Words.read(args.classes, args.templates), cfg.label)

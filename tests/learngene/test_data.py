@@ -13,7 +13,7 @@ from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from learngene.augment import AugmentConfig
 from learngene.data import LOGITS, Example, decoded, evaluation, resident
 
@@ -42,7 +42,7 @@ def test_a_picture_on_the_devices_is_replaced_with_its_label(broken):
     arrays = decoded(broken, "label", 3, Example(AugmentConfig(), PRE, 3))
     np.testing.assert_array_equal(arrays["image"][:, 4, 4, 0], 10 * arrays["label"])
     assert arrays["label"].tolist()[:11] == [0] * 8 + [1] * 3 and np.flatnonzero(arrays[BAD] != "[]").tolist() == [11]
-    data = resident(arrays, PipelineConfig(batch=8, bad_limit=0.25), start(MeshConfig()))
+    data = resident(arrays, PipelineConfig(batch=8, bad_limit=0.25), start())
     said = []
     for batch in itertools.islice(data, 6):
         assert set(batch) == {"image", "label"}
@@ -88,11 +88,11 @@ def test_logits_are_an_array_of_the_classes(picture_of_zeros):
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
     arrays = {"image": np.zeros((20, 4, 4, 3), np.uint8), "label": np.zeros(20, np.int32)}
     with pytest.raises(InputError, match="a batch of 12 cannot be divided into 8 parts"):
-        resident(arrays, PipelineConfig(batch=12), start(MeshConfig()))
+        resident(arrays, PipelineConfig(batch=12), start())
 
 
 def test_resident_batches_cover_an_epoch_and_resume():
-    mesh = start(MeshConfig())
+    mesh = start()
     arrays = {"label": np.arange(40, dtype=np.int32), "image": np.arange(40, dtype=np.uint8)}
     data = resident(arrays, PipelineConfig(batch=16, seed=3), mesh)
     first = np.concatenate([next(data)["label"] for _ in range(5)])

@@ -19,7 +19,7 @@ from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError
 from heirloom.common.paths import place
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.autoencoder_layouts import FAMILY
 from lit_jax.data import adm_crop, is_latent, latents
@@ -62,7 +62,7 @@ def params(donor):
 @pytest.fixture(scope="module")
 def cache(donor, params, tmp_path_factory):
     path = tmp_path_factory.mktemp("latents") / "cache"
-    cache_latents(donor.cfg, donor.model, params, Pictures(), path, start(MeshConfig()), size=16, batch=8)
+    cache_latents(donor.cfg, donor.model, params, Pictures(), path, start(), size=16, batch=8)
     return path
 
 
@@ -126,7 +126,7 @@ def test_a_draw_is_scaled_and_takes_either_view():
 
 def test_nothing_stands_under_the_name_unless_it_is_whole(donor, params, tmp_path):
     spoilt = params | {"quant/bias": np.full(8, 1e6, np.float32)}
-    arguments = (Pictures(), tmp_path / "cache", start(MeshConfig()))
+    arguments = (Pictures(), tmp_path / "cache", start())
     with pytest.raises(InputError, match=r"^picture 0 has moments that float16 cannot hold$"):
         cache_latents(donor.cfg, donor.model, spoilt, *arguments, size=16, batch=8)
     assert list(tmp_path.iterdir()) == []
