@@ -19,7 +19,7 @@ from benchmarks.draw_pipeline import write_random
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.nn.attention import softmax
 from heirloom.common.nn.functional import Functional, functional
-from heirloom.common.train.mesh import MeshConfig, batch_sharding, start
+from heirloom.common.train.mesh import batch_sharding, start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.state import create_state
 from heirloom.common.train.step import LossFn, StepConfig, make_step
@@ -75,7 +75,7 @@ def without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:
 
 def our_step(model: Functional, loss: LossFn, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
     """A train step as `heirloom train` takes it, AdamW."""
-    mesh, optimizer = start(MeshConfig()), optax.adamw(RATE, weight_decay=DECAY)
+    mesh, optimizer = start(), optax.adamw(RATE, weight_decay=DECAY)
     step = make_step(loss, optimizer, model.spec, mesh, StepConfig())
     state = create_state(model.init(jax.random.key(0)), optimizer, model.spec, mesh)
     placed = jax.device_put(batch, batch_sharding(mesh))
@@ -164,7 +164,7 @@ def train_deit(smoke: bool) -> Pair:
 
 def opened(folder: Path, family: Any) -> tuple[Functional, Any]:
     donor = open_donor(folder, [family])
-    return donor.model, load_params(donor, start(MeshConfig()))
+    return donor.model, load_params(donor, start())
 
 
 def encode(what: str, smoke: bool) -> Pair:

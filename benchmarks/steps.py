@@ -21,7 +21,7 @@ from heirloom.common import config
 from heirloom.common.chips import peak_flops
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from lit_jax.dit import Dit
 from lit_jax.recipes import imagenet
 from lit_jax.sample import SampleConfig, drawer
@@ -79,7 +79,7 @@ def train(name: str, cfg: Any, batch: int, repeats: int) -> dict[str, Any]:
 
 def sample(name: str, cfg: Any, count: int, steps: int) -> dict[str, Any]:
     """Seconds to draw `count` pictures' latents with guidance, weights in bf16, after compilation."""
-    mesh = start(MeshConfig())
+    mesh = start()
     model = functional(Dit, cfg)
     draw = drawer(model, cfg, SampleConfig("ddim", steps=steps, guidance=4.0), mesh)
     params = {path: x.astype(jnp.bfloat16) for path, x in model.init(jax.random.key(0)).items()}

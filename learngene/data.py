@@ -1,9 +1,10 @@
 """Labelled pictures for a classifier: streamed in batches, or kept on the devices if they fit."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from heirloom.common.data.bad import BAD, BadMode, Delivered, Examples, WrongData, bad_records
+from heirloom.common.data.bad import BAD, BadMode, Examples, WrongData
+from heirloom.common.data.batches import Batches
 from heirloom.common.data.class_names import Names
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.pictures import decode_record
@@ -69,59 +71,39 @@ class Example:
         return np.asarray(self.randaugment(picture, rng) if self.randaugment else picture)
 
 
-class Resident:
+def resident(arrays: dict[str, np.ndarray], cfg: PipelineConfig, mesh: Mesh) -> Batches:
     """Batches from arrays that every device holds completely, so that training decodes and copies nothing.
 
-    The seed gives the order. Every epoch has each example once, and a batch may span two epochs.
+    The seed gives the order. Every epoch has each example once, and a batch may span two epochs. arrays: of `decoded`.
+    Raises InputError for fewer examples than a batch, a batch that the devices do not divide, and several processes.
     """
+    rows, examples = host_rows(cfg.batch, mesh), len(arrays["label"])
+    if examples < cfg.batch:
+        fewer = f"{examples} examples, fewer than a batch of {cfg.batch}"
+        raise InputError(f"the data has {fewer}: set pipeline.batch to at most {examples}")
+    if jax.process_count() > 1:
+        this = f"this job has {jax.process_count()}"
+        raise InputError(f"storage 'device' needs one process, {this}: set storage to 'stream'")
+    bad = arrays.get(BAD, np.full(examples, "[]"))
+    kept = jax.device_put({name: value for name, value in arrays.items() if name != BAD}, replicated(mesh))
+    take = jax.jit(
+        lambda arrays, rows: {name: jnp.take(value, rows, axis=0) for name, value in arrays.items()},
+        out_shardings=batch_sharding(mesh),
+    )
 
-    def __init__(self, arrays: dict[str, np.ndarray], cfg: PipelineConfig, mesh: Mesh):
-        """arrays: of `decoded`. Raises InputError for fewer examples than a batch, a batch that the devices do
-        not divide, and several processes.
-        """
-        host_rows(cfg.batch, mesh)  # for its error
-        self.examples, self.cfg, self.done = len(arrays["label"]), cfg, 0
-        if self.examples < cfg.batch:
-            fewer = f"{self.examples} examples, fewer than a batch of {cfg.batch}"
-            raise InputError(f"the data has {fewer}: set pipeline.batch to at most {self.examples}")
-        if jax.process_count() > 1:
-            this = f"this job has {jax.process_count()}"
-            raise InputError(f"storage 'device' needs one process, {this}: set storage to 'stream'")
-        rows = ((row, str(text)) for row, text in enumerate(arrays.get(BAD, ())))
-        self._bad = {row: text for row, text in rows if text != "[]"}
-        self.bad_limit, self.delivered = cfg.bad_limit, Delivered()
-        self._arrays = jax.device_put({k: v for k, v in arrays.items() if k != BAD}, replicated(mesh))
-        self._take = jax.jit(
-            lambda arrays, rows: {name: jnp.take(value, rows, axis=0) for name, value in arrays.items()},
-            out_shardings=batch_sharding(mesh),
-        )
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((cfg.seed, epoch)).permutation(examples)
 
-    def __iter__(self) -> Self:
-        return self
+    def start(first: int) -> Iterator[dict[str, Any]]:
+        for n in itertools.count(first):
+            positions = n * cfg.batch + rows
+            epochs = positions // examples
+            parts = (order(int(epoch))[positions[epochs == epoch] % examples] for epoch in np.unique(epochs))
+            chosen = np.concatenate(list(parts))
+            yield take(kept, chosen) | {BAD: bad[chosen]}
 
-    def __next__(self) -> dict[str, Any]:
-        positions = np.arange(self.done * self.cfg.batch, (self.done + 1) * self.cfg.batch)
-        epochs = positions // self.examples
-        parts = (self._order(int(epoch))[positions[epochs == epoch] % self.examples] for epoch in np.unique(epochs))
-        rows = np.concatenate(list(parts))
-        bad = bad_records((self._bad.get(int(row), "[]") for row in rows), positions)
-        self.delivered = Delivered(examples=self.cfg.batch, bad=bad)
-        self.done += 1
-        return self._take(self._arrays, rows)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.cfg.seed, epoch)).permutation(self.examples)
-
-    def state(self) -> dict[str, int]:
-        return {"batches": self.done, "examples": self.examples, "batch": self.cfg.batch, "seed": self.cfg.seed}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Continue after the batch at which `state` was taken. Raises InputError when it belongs to other data."""
-        for name, value in self.state().items():
-            if name != "batches" and state.get(name) != value:
-                was = state.get(name)
-                raise InputError(f"the data cannot be resumed: {name} was {was} and is {value} now: set it back")
-        self.done = state["batches"]
+    settings = {"examples": examples, "batch": cfg.batch, "seed": cfg.seed}
+    return Batches(start, settings, rows=rows, bad_limit=cfg.bad_limit)
 
 
 @lru_cache(maxsize=2)  # several models learn from the same pictures

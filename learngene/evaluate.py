@@ -20,7 +20,7 @@ from heirloom.common.errors import InputError, between, positive
 from heirloom.common.evaluate.scored import Score, Scored
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
-from heirloom.common.train.mesh import MeshConfig, replicated, split_rows, start
+from heirloom.common.train.mesh import replicated, split_rows, start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.vit.model import VitConfig
 from learngene.convnet import ConvConfig
@@ -106,7 +106,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     check_one_class(problem_of(donor), str(donor.path), "accuracy needs")
     if not args.data:
         raise InputError("no data is named: give --data, labelled pictures, such as a folder with one for each class")
-    found, mesh = preprocess_of(donor), start(MeshConfig())
+    found, mesh = preprocess_of(donor), start()
     pre = found.announced() if cfg.crop is None else found.pre.cropped(cfg.crop)
     data = SourceConfig(path=args.data, split=args.split, image=args.image, text="")
     held_out = evaluation(data, cfg.label, pre, cfg.batch, donor.cfg.classes, labels_of(donor))

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from heirloom.common.checkpoint.family import Found, Guess, Read
@@ -36,13 +35,9 @@ _BLOCKS = re.compile(
     r"|vision_model\.encoder\.layers\.0\.layer_norm1\.weight"
 )
 _TOWER = {"encoder.layers.0.layer_norm1.weight", "embeddings.patch_embedding.weight"}  # an image tower without a prefix
-# A CLIP or a SigLIP with both towers.
 _TEXT = ("text_model.", "text_decoder.", "text_encoder.")  # beside an image tower: a CLIP, BLIP or the like
 _PREFIX = re.compile(rf"^({'|'.join(sorted({model.prefix for model in MODELS.values()}, key=len, reverse=True))})\.")
-# Parts of a file that are no part of the ViT, by globs of their names, with a word for the user.
-_LEFT_OUT = {
-    "decoder.*": "the decoder of the masked autoencoder",
-}
+_DECODER = "decoder."  # of a masked autoencoder
 _UNUSED = "embeddings.mask_token"  # no picture without a mask has one
 # transformers' defaults, where they differ from those of ViT.
 _DEFAULTS: dict[Model, dict[str, Any]] = {
@@ -238,15 +233,14 @@ def _qkv_bias(fields: Fields, tensors: Tensors) -> bool:
 
 def complete(cfg: VitConfig, tensors: Tensors) -> Tensors:
     """The tensors of the ViT alone, with the prefix that the layout has; what is left out is remarked."""
-    left_out = {part for glob, part in _LEFT_OUT.items() if any(fnmatchcase(key, glob) for key in tensors)}
-    for part in sorted(left_out):
-        remark(f"{part} is left out: the ViT alone is read")
+    if any(key.startswith(_DECODER) for key in tensors):
+        remark("the decoder of the masked autoencoder is left out: the ViT alone is read")
     out: Tensors = {}
     for key, value in tensors.items():
         name = _PREFIX.sub("", key)
         unused = name.startswith(_NOT_USED.get(model_of(cfg), _UNUSED))
         unused |= name == _UNUSED or (name.startswith("pooler.") and not cfg.pooler)
-        if unused or any(fnmatchcase(key, glob) for glob in _LEFT_OUT):
+        if unused or key.startswith(_DECODER):
             continue
         whole = name.split(".")[0] in ("embeddings", "encoder", "layernorm", "post_layernorm", "pre_layrnorm", "pooler")
         out[f"{prefix_of(cfg)}{name}" if whole or name.startswith("head.") else name] = value

@@ -8,7 +8,8 @@ projections of query, key and value, as torch's MultiheadAttention does.
 import numpy as np
 
 from heirloom.common.surgery.layout import Layout
-from heirloom.common.vit.layouts import PATCH, Rows, module, packed, positions, stem
+from heirloom.common.surgery.rows import PATCH, Rows, flax_blocks, module, modules, packed
+from heirloom.common.vit.layouts import positions, stem
 from heirloom.common.vit.model import VitConfig
 from learngene.hf_models import (
     CLIP,
@@ -51,13 +52,6 @@ def hf(cfg: VitConfig) -> Layout:
 
 def flax(cfg: VitConfig) -> Layout:
     """Layout of transformers' Flax ViT: the names of its ViT, and kernels that read first."""
-    kernels = {f"attn/{name}": "embed (head head_dim)" for name in ("query", "key", "value")}
-    kernels |= {"attn/out": "(head head_dim) embed", "mlp/up": "embed hidden", "mlp/down": "hidden embed"}
-    block, rows = "vit/encoder/layer/{layer}", list[tuple[str, ...]]()
-    for ours, theirs in _VIT.items():
-        path, key = f"blocks/{ours}", f"{block}/{theirs.replace('.', '/')}"
-        weight = ("kernel", kernels[ours]) if ours in kernels else ("scale",)
-        rows += [(f"{path}/{weight[0]}", f"{key}/{weight[0]}", *weight[1:]), (f"{path}/bias", f"{key}/bias")]
     patch = "vit/embeddings/patch_embeddings/projection"
     return Layout(
         "flax",
@@ -66,17 +60,13 @@ def flax(cfg: VitConfig) -> Layout:
             ("patch/project/bias", f"{patch}/bias"),
             ("class_token/cls", "vit/embeddings/cls_token", "1 1 embed"),
             *positions(cfg, "vit/embeddings/position_embeddings"),
-            *rows,
+            *flax_blocks("blocks", "vit/encoder/layer/{layer}", _VIT),
             ("norm/scale", "vit/layernorm/scale"),
             ("norm/bias", "vit/layernorm/bias"),
             ("head/kernel", "classifier/kernel", "embed class"),
             ("head/bias", "classifier/bias"),
         ),
     )
-
-
-def _modules(ours: str, theirs: str, names: dict[str, str]) -> Rows:
-    return tuple(row for a, b in names.items() for row in module(f"{ours}/{a}", f"{theirs}.{b}"))
 
 
 def _embeddings(cfg: VitConfig, prefix: str) -> Rows:
@@ -97,7 +87,7 @@ def _embeddings(cfg: VitConfig, prefix: str) -> Rows:
 
 
 def _encoder(cfg: VitConfig, prefix: str) -> Rows:
-    return (*_embeddings(cfg, prefix), *_modules("blocks", f"{prefix}encoder.layer.{{layer}}", _VIT))
+    return (*_embeddings(cfg, prefix), *modules("blocks", f"{prefix}encoder.layer.{{layer}}", _VIT))
 
 
 def _dinov2(cfg: VitConfig, prefix: str) -> Rows:
@@ -107,7 +97,7 @@ def _dinov2(cfg: VitConfig, prefix: str) -> Rows:
         names.pop("mlp/up")
     return (
         *_embeddings(cfg, prefix),
-        *_modules("blocks", block, names),
+        *modules("blocks", block, names),
         *(packed(("blocks/mlp/gate", "blocks/mlp/up"), f"{block}.mlp.weights_in") if cfg.gated else ()),
         ("blocks/attn_scale/scale", f"{block}.layer_scale1.lambda1"),
         ("blocks/mlp_scale/scale", f"{block}.layer_scale2.lambda1"),
@@ -119,7 +109,7 @@ def _tower(cfg: VitConfig, prefix: str) -> Rows:
     return (
         ("patch/project/kernel", f"{prefix}embeddings.patch_embedding.weight", PATCH),
         *positions(cfg, f"{prefix}embeddings.position_embedding.weight", batch=""),
-        *_modules("blocks", f"{prefix}encoder.layers.{{layer}}", _TOWER),
+        *modules("blocks", f"{prefix}encoder.layers.{{layer}}", _TOWER),
         *module("norm", f"{prefix}post_layernorm"),
         *module("head", "classifier"),
     )
@@ -139,7 +129,7 @@ def _siglip(cfg: VitConfig, prefix: str) -> Rows:
     pool = (
         ("pool/latent", f"{head}.probe", "1 1 embed"),
         *packed(("pool/attn/query", "pool/memory/key", "pool/memory/value"), f"{head}.attention", *_PACKED),
-        *_modules("pool", head, _POOL),
+        *modules("pool", head, _POOL),
     )
     bias = ("patch/project/bias", f"{prefix}embeddings.patch_embedding.bias")
     return (*_tower(cfg, prefix), bias, *(pool if cfg.pool == "map" else ()))

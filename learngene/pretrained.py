@@ -24,7 +24,7 @@ from heirloom.common.notebook.model import Loaded, inherited
 from heirloom.common.notebook.run import Trained, configured, new_folder
 from heirloom.common.notebook.run import train as train_recipe
 from heirloom.common.notebook.shown import Shown, picture_of
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.vit.model import VitConfig
 from learngene import convnet
@@ -102,7 +102,7 @@ def load(source: str | os.PathLike[str], **overrides: Any) -> Pretrained:
     about: dict[str, Any] = dict(pre=preprocess_of(donor).announced(), classes=labels_of(donor), source=str(source))
     remark(said_of(problem := problem_of(donor)))
     about |= dict(problem=problem, loaded_from=kept_provenance(donor))
-    return Pretrained(cfg=donor.cfg, model=donor.model, params=load_params(donor, start(MeshConfig())), **about)
+    return Pretrained(cfg=donor.cfg, model=donor.model, params=load_params(donor, start()), **about)
 
 
 def expand(
@@ -161,7 +161,7 @@ def evaluate(
     check_one_class(vit.problem, "this model", "accuracy needs")
     source = SourceConfig(path=os.fspath(data), split=split, image=image, text="")
     held_out = evaluation(source, label, vit.pre, batch, vit.cfg.classes, vit.classes)
-    return dict(scorer(vit.family, vit.cfg, held_out, vit.pre, start(MeshConfig()))(vit.params).metrics)
+    return dict(scorer(vit.family, vit.cfg, held_out, vit.pre, start())(vit.params).metrics)
 
 
 @dataclass(frozen=True, repr=False)

@@ -27,7 +27,7 @@ from heirloom.common.train.step import Batch, LossFn, LossOutput, Params, cast
 from learngene import ligo, relatives
 from learngene.augment import augment
 from learngene.config import ADAMW, CACHED, CONVNET_ADAMW, Config, TeacherConfig
-from learngene.data import LOGITS, Evaluation, Example, Resident, columns, decoded, evaluation
+from learngene.data import LOGITS, Evaluation, Example, columns, decoded, evaluation, resident
 from learngene.evaluate import normalised, scorer
 from learngene.inputs import IMAGENET, preprocess_of
 from learngene.labels import carry_labels, labels_of
@@ -187,7 +187,7 @@ def batches(cfg: Config, opened: Opened) -> Data:
     if cfg.storage == "device":
         names = class_names(cfg, opened)
         arrays = decoded(data, cfg.label, cfg.student.classes, example, cfg.pipeline.bad, names)
-        return Resident(arrays, cfg.pipeline, opened.mesh)
+        return resident(arrays, cfg.pipeline, opened.mesh)
     return training_batches(labelled(cfg, opened, data), cfg.pipeline, example, mesh=opened.mesh)
 
 

@@ -17,10 +17,9 @@ from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.layout import Layout
+from heirloom.common.surgery.rows import Rows, module, modules
 from heirloom.common.typed import from_json
 from lit_jax.autoencoder import Autoencoder, AutoencoderConfig, macs, parameters
-
-Rows = tuple[tuple[str, ...], ...]
 
 FILE = "diffusion_pytorch_model.safetensors"
 OTHERS = (
@@ -34,13 +33,9 @@ def _conv(ours: str, theirs: str) -> Rows:
     return ((f"{ours}/kernel", f"{theirs}.weight", "out in row col"), (f"{ours}/bias", f"{theirs}.bias"))
 
 
-def _norm(ours: str, theirs: str) -> Rows:
-    return ((f"{ours}/scale", f"{theirs}.weight"), (f"{ours}/bias", f"{theirs}.bias"))
-
-
 def _resnet(ours: str, theirs: str) -> Rows:
     convs = dict(conv1="conv1", conv2="conv2", shortcut="conv_shortcut")
-    norms = [row for n in ("norm1", "norm2") for row in _norm(f"{ours}/{n}", f"{theirs}.{n}")]
+    norms = modules(ours, theirs, {"norm1": "norm1", "norm2": "norm2"})
     return (*norms, *(row for a, b in convs.items() for row in _conv(f"{ours}/{a}", f"{theirs}.{b}")))
 
 
@@ -50,16 +45,15 @@ def _half(half: str, levels: str, resize: str) -> Rows:
     """
     attention, middle = f"{half}.mid_block.attentions.0", f"{half}.mid_block.resnets"
     projections = dict(query="to_q", key="to_k", value="to_v", out="to_out.0")
-    linear = ((f"{half}/middle/attn/{a}", f"{attention}.{b}") for a, b in projections.items())
     return (
         *_conv(f"{half}/input", f"{half}.conv_in"),
         *_resnet(f"{half}/{levels}/*/resnets/*", f"{half}.{levels}_blocks.*.resnets.*"),
         *_conv(f"{half}/{levels}/*/resize", f"{half}.{levels}_blocks.*.{resize}.0.conv"),
         *_resnet(f"{half}/middle/before", f"{middle}.0"),
-        *_norm(f"{half}/middle/attn_norm", f"{attention}.group_norm"),
-        *(row for a, b in linear for row in ((f"{a}/kernel", f"{b}.weight"), (f"{a}/bias", f"{b}.bias"))),
+        *module(f"{half}/middle/attn_norm", f"{attention}.group_norm"),
+        *modules(f"{half}/middle/attn", attention, projections),
         *_resnet(f"{half}/middle/after", f"{middle}.1"),
-        *_norm(f"{half}/norm", f"{half}.conv_norm_out"),
+        *module(f"{half}/norm", f"{half}.conv_norm_out"),
         *_conv(f"{half}/output", f"{half}.conv_out"),
     )
 
@@ -71,8 +65,6 @@ ROWS = (
     *_half("decoder", "up", "upsamplers"),
 )
 DIFFUSERS = Layout(name="diffusers", rows=ROWS)
-
-
 
 
 def _flax(rows: Rows) -> Rows:
@@ -236,11 +228,10 @@ FORMATS = (
     Format(name="diffusers", layout=DIFFUSERS, file=FILE, read_config=_read, write_config=_write, clean=clean),
     Format("flax", FLAX, "diffusion_flax_model.msgpack", read_config=_read_flax, write_config=_write_flax),
 )
-CONFIG = partial(from_json, AutoencoderConfig)
 FAMILY = Family(
     name="autoencoder",
     module=Autoencoder,
-    config=CONFIG,
+    config=partial(from_json, AutoencoderConfig),
     formats=FORMATS,
     sidecars=_sidecars,
     verify=verify,

@@ -20,7 +20,7 @@ from heirloom.common.evaluate.extractor import open_extractor
 from heirloom.common.evaluate.generated import LEAST, Reference, check_reference, evaluate, read_reference
 from heirloom.common.fetch import fetch
 from heirloom.common.paths import Address, place
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from lit_jax.data import cropped
 from lit_jax.decode import PictureDecoder, no_pictures, pictures_of
@@ -83,7 +83,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
         reference = read_reference(fetch(file) if isinstance(file, Address) else file)
     else:
         reference = Reference(where=args.data, pool=None, spatial=None, images=len(source), read=lambda rows: iter(()))
-    extractor, mesh = open_extractor(Path(cfg.features).expanduser()), start(MeshConfig())
+    extractor, mesh = open_extractor(Path(cfg.features).expanduser()), start()
     check_reference(reference, extractor)
     draw = drawer(donor.model, donor.cfg, cfg.sample, mesh)
     pictures = pictures_of(donor, cfg.autoencoder, mesh)

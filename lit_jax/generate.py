@@ -15,7 +15,7 @@ from heirloom.common.arguments import refuse
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.grid import is_picture, save_grid
 from heirloom.common.errors import InputError, check_seed
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from lit_jax.decode import PictureDecoder, no_pictures, pictures_of
 from lit_jax.dit import DitConfig
@@ -51,7 +51,7 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
         raise InputError(f"--out {out} is a folder: name a file in it, such as {out / 'samples.png'}")
     if is_picture(out) and out.suffix.lower() != ".png":
         raise InputError(f"--out {out}: the grid is a PNG; name it {out.with_suffix('.png')}")
-    mesh, classes = start(MeshConfig()), args.classes or list(range(min(donor.cfg.classes, 8)))
+    mesh, classes = start(), args.classes or list(range(min(donor.cfg.classes, 8)))
     draw, keys = drawer(donor.model, donor.cfg, how, mesh), class_keys(args.seed, classes, count)
     draw.check(classes)
     pictures = pictures_of(donor, args.autoencoder, mesh)

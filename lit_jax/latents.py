@@ -1,11 +1,11 @@
 """Caches latents: the moments of every picture and of its mirror image. Each epoch draws new latents from them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from rich.progress import track
 
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.checkpoint.staging import staged
-from heirloom.common.data.sources import Source, SourceConfig
+from heirloom.common.data.caches import new_cache, write_columns
+from heirloom.common.data.sources import Record, Source, SourceConfig
 from heirloom.common.errors import InputError, remark
 from heirloom.common.evaluate.features import embedder
 from heirloom.common.nn.functional import Functional
@@ -36,8 +36,6 @@ def cache_latents(
     *,
     size: int = 256,
     batch: int = 16,
-    dtype: Literal["float16", "float32"] = "float16",
-    force: bool = False,
     origin: Origin | None = None,
 ) -> None:
     """Encode the pictures of `source`, cropped as in training (`adm_crop`), into a folder that `open_source` reads by
@@ -46,39 +44,41 @@ def cache_latents(
     origin: the identity of the autoencoder, which is saved with the cache; None: only `cfg` is saved. The arrays are
     `moments`, [n, 2, row, col, 2 latent]: of the picture and of its mirror image, mean before logvar, not scaled; and
     `label`, int32, if the records have one. labels.json has the class names of the source, if known. The folder is
-    renamed to `path` when it is complete. Raises InputError for a picture that does not decode, a moment that `dtype`
-    cannot hold, and if `path` exists already.
+    renamed to `path` when it is complete. Raises InputError for a picture that does not decode, a moment that float16
+    cannot hold, in a job of several processes, and if `path` exists already.
     """
 
     def encode(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
         images = images.astype(jnp.float32) / 127.5 - 1
         views = jnp.stack([images, images[:, :, ::-1]])
         moments = jax.lax.map(lambda x: jnp.concatenate(model.apply(params, x, method="encode"), -1), views)
-        return jnp.moveaxis(moments, 0, 1).astype(dtype)
+        return jnp.moveaxis(moments, 0, 1).astype(jnp.float16)
 
     if "image" not in source[0]:
         raise InputError("these records have no pictures to encode: name their column with image")
     embed = embedder(encode, mesh, batch)
-    with staged(path, force=force) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        folder.mkdir()
-        arrays: dict[str, np.memmap] = {}
-        for start in track(range(0, len(source), batch), description="encoding"):
-            records = [source[i] for i in range(start, min(start + batch, len(source)))]
-            columns = {"moments": embed(params, np.stack(list(pool.map(partial(cropped, size=size), records))))}
-            whole = np.isfinite(columns["moments"]).reshape(len(records), -1).all(1)
-            if not whole.all():
-                raise InputError(f"{records[whole.argmin()]['key']} has moments that {dtype} cannot hold")
-            if "label" in records[0]:
-                columns["label"] = np.array([record["label"] for record in records], np.int32)
-            for name, value in columns.items():
-                if name not in arrays:
-                    shape = (len(source), *value.shape[1:])
-                    arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", value.dtype, shape)
-                arrays[name][start : start + len(value)] = value
-        for array in arrays.values():
-            array.flush()
+    with new_cache(path) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def parts() -> Iterator[dict[str, np.ndarray]]:
+            for start in track(range(0, len(source), batch), description="encoding"):
+                records = [source[i] for i in range(start, min(start + batch, len(source)))]
+                moments = embed(params, np.stack(list(pool.map(partial(cropped, size=size), records))))
+                columns = {"moments": held(moments, records)}
+                if "label" in records[0]:
+                    columns["label"] = np.array([record["label"] for record in records], np.int32)
+                yield columns
+
+        write_columns(folder, len(source), parts())
         write_origin(folder, origin or Origin(cfg))
         write_names(folder, getattr(source, "classes", ()))
+
+
+def held(moments: np.ndarray, records: Sequence[Record]) -> np.ndarray:
+    """Return moments in float16. Raises InputError with the key of the first record whose moments it cannot hold."""
+    whole = np.isfinite(moments).reshape(len(moments), -1).all(1)
+    if not whole.all():
+        raise InputError(f"{records[whole.argmin()]['key']} has moments that float16 cannot hold")
+    return moments
 
 
 def cache_origin(path: AnyPath) -> Origin:

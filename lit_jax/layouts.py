@@ -2,38 +2,21 @@
 
 from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import Layout
+from heirloom.common.surgery.rows import PATCH, Rows, module, packed
 from lit_jax.dit import DitConfig
 from lit_jax.pixart import PixArtConfig
-
-Rows = tuple[tuple[str, ...], ...]
-PATCH = "embed channel patch_row patch_col"
-
-
-def linear(ours: str, theirs: str) -> Rows:
-    """Rows of a linear map."""
-    return ((f"{ours}/kernel", f"{theirs}.weight"), (f"{ours}/bias", f"{theirs}.bias"))
-
-
-def packed(ours: str, projections: tuple[str, ...], theirs: str) -> Rows:
-    """Rows for several projections of an attention, packed into one matrix in this order."""
-    return tuple(
-        (" + ".join(f"{ours}/{p}/{leaf}" for p in projections), f"{theirs}.{name}") for leaf, name in _LEAVES.items()
-    )
-
-
-_LEAVES = {"kernel": "weight", "bias": "bias"}
 
 
 def self_attention(cfg: DitConfig | PixArtConfig) -> Rows:
     """Rows of self-attention in facebookresearch/DiT's and PixArt's files; with linear attention, in LiT's release."""
     ours, theirs = "blocks/attn", "blocks.{layer}.attn"
-    out = linear(f"{ours}/out", f"{theirs}.proj")
+    out = module(f"{ours}/out", f"{theirs}.proj")
     if cfg.attention == "softmax":
-        return (*packed(ours, ("query", "key", "value"), f"{theirs}.qkv"), *out)
+        return (*packed(tuple(f"{ours}/{p}" for p in ("query", "key", "value")), f"{theirs}.qkv"), *out)
     channels = "head_dim" if cfg.filters == "shared" else "(head head_dim)"
     return (
-        *packed(ours, ("query",), f"{theirs}.q"),
-        *packed(ours, ("key", "value"), f"{theirs}.kv"),
+        *module(f"{ours}/query", f"{theirs}.q"),
+        *packed((f"{ours}/key", f"{ours}/value"), f"{theirs}.kv"),
         (f"{ours}/depthwise/kernel", f"{theirs}.dwc.weight", f"{channels} 1 filter_row filter_col"),
         (f"{ours}/depthwise/bias", f"{theirs}.dwc.bias", channels),
         (f"{ours}/scale", f"{theirs}.scale", "1 1 (head head_dim)"),
@@ -48,15 +31,15 @@ def fair(cfg: DitConfig) -> Layout:
         rows=(
             ("patch/project/kernel", "x_embedder.proj.weight", PATCH),
             ("patch/project/bias", "x_embedder.proj.bias"),
-            *linear("time/up", "t_embedder.mlp.0"),
-            *linear("time/down", "t_embedder.mlp.2"),
+            *module("time/up", "t_embedder.mlp.0"),
+            *module("time/down", "t_embedder.mlp.2"),
             ("label/table", "y_embedder.embedding_table.weight", "label embed"),
-            *linear("modulation", "blocks.{layer}.adaLN_modulation.1"),
+            *module("modulation", "blocks.{layer}.adaLN_modulation.1"),
             *self_attention(cfg),
-            *linear("blocks/mlp/up", "blocks.{layer}.mlp.fc1"),
-            *linear("blocks/mlp/down", "blocks.{layer}.mlp.fc2"),
-            *linear("final_modulation", "final_layer.adaLN_modulation.1"),
-            *linear("final", "final_layer.linear"),
+            *module("blocks/mlp/up", "blocks.{layer}.mlp.fc1"),
+            *module("blocks/mlp/down", "blocks.{layer}.mlp.fc2"),
+            *module("final_modulation", "final_layer.adaLN_modulation.1"),
+            *module("final", "final_layer.linear"),
         ),
         constant={"pos_embed": sincos(cfg.grid, cfg.grid, cfg.width).reshape(1, cfg.tokens, cfg.width)},
     )
@@ -68,18 +51,18 @@ DIFFUSERS = Layout(
         ("patch/project/kernel", "pos_embed.proj.weight", PATCH),
         ("patch/project/bias", "pos_embed.proj.bias"),
         # Every block has a copy of the embedders.
-        *linear("time/up", "transformer_blocks.{layer}.norm1.emb.timestep_embedder.linear_1"),
-        *linear("time/down", "transformer_blocks.{layer}.norm1.emb.timestep_embedder.linear_2"),
+        *module("time/up", "transformer_blocks.{layer}.norm1.emb.timestep_embedder.linear_1"),
+        *module("time/down", "transformer_blocks.{layer}.norm1.emb.timestep_embedder.linear_2"),
         ("label/table", "transformer_blocks.{layer}.norm1.emb.class_embedder.embedding_table.weight", "label embed"),
-        *linear("modulation", "transformer_blocks.{layer}.norm1.linear"),
-        *linear("blocks/attn/query", "transformer_blocks.{layer}.attn1.to_q"),
-        *linear("blocks/attn/key", "transformer_blocks.{layer}.attn1.to_k"),
-        *linear("blocks/attn/value", "transformer_blocks.{layer}.attn1.to_v"),
-        *linear("blocks/attn/out", "transformer_blocks.{layer}.attn1.to_out.0"),
-        *linear("blocks/mlp/up", "transformer_blocks.{layer}.ff.net.0.proj"),
-        *linear("blocks/mlp/down", "transformer_blocks.{layer}.ff.net.2"),
-        *linear("final_modulation", "proj_out_1"),
-        *linear("final", "proj_out_2"),
+        *module("modulation", "transformer_blocks.{layer}.norm1.linear"),
+        *module("blocks/attn/query", "transformer_blocks.{layer}.attn1.to_q"),
+        *module("blocks/attn/key", "transformer_blocks.{layer}.attn1.to_k"),
+        *module("blocks/attn/value", "transformer_blocks.{layer}.attn1.to_v"),
+        *module("blocks/attn/out", "transformer_blocks.{layer}.attn1.to_out.0"),
+        *module("blocks/mlp/up", "transformer_blocks.{layer}.ff.net.0.proj"),
+        *module("blocks/mlp/down", "transformer_blocks.{layer}.ff.net.2"),
+        *module("final_modulation", "proj_out_1"),
+        *module("final", "proj_out_2"),
     ),
     ignore=("pos_embed.pos_embed",),
     differs=(

@@ -21,7 +21,7 @@ from heirloom.common.methods import locate_any
 from heirloom.common.notebook.model import Loaded
 from heirloom.common.notebook.run import Trained
 from heirloom.common.notebook.run import train as train_recipe
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from lit_jax.autoencoder import AutoencoderConfig, scale_latents
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
@@ -156,7 +156,7 @@ def load(
     path = locate_any(str(source))
     path = main_part(path) if is_pipeline(path) else path
     donor: Donor = open_donor(path, FAMILIES, **overrides)
-    mesh, origin = start(MeshConfig()), read_origin(donor.folder)
+    mesh, origin = start(), read_origin(donor.folder)
     if isinstance(donor.cfg, PixArtConfig):
         components = find_components(donor, pipeline=pipeline, text=text_encoder, autoencoder=autoencoder)
         folder = None if cache is None else Path(cache)

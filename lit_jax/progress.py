@@ -58,7 +58,7 @@ def held_out_loss(cfg: "Config", student: Model, mesh: Mesh, names: Names = ()) 
     noise = jax.random.normal(jax.random.key(1), clean.shape)
     noisy = add_noise(schedule, clean, step, noise)
 
-    errors, columns = noise_errors(student, mesh), [np.asarray(x) for x in (noisy, step, batch["label"], noise)]
+    errors, columns = noise_errors(student, mesh), [np.asarray(x) for x in (noisy, step, noise, batch["label"])]
 
     def score(params: Mapping[str, Any]) -> Scored:
         with jax.set_mesh(mesh):
@@ -69,16 +69,24 @@ def held_out_loss(cfg: "Config", student: Model, mesh: Mesh, names: Names = ()) 
     return score
 
 
-def noise_errors(student: Model, mesh: Mesh) -> Callable[..., jax.Array]:
-    """Compile `(params, noisy, step, labels, noise) -> [row]`, the mean squared error of each row's predicted noise."""
+def noise_errors(model: Model, mesh: Mesh) -> Callable[..., jax.Array]:
+    """Compile `(params, noisy, step, noise, *condition) -> [row]`: mean squared error of each row's predicted noise."""
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def errors(
-        params: Mapping[str, Any], noisy: jax.Array, step: jax.Array, labels: jax.Array, noise: jax.Array
+        params: Mapping[str, Any], noisy: jax.Array, step: jax.Array, noise: jax.Array, *condition: jax.Array
     ) -> jax.Array:
-        return jnp.square(split(student.apply(params, noisy, step, labels)).noise - noise).mean((1, 2, 3))
+        return jnp.square(split(model.apply(params, noisy, step, *condition)).noise - noise).mean((1, 2, 3))
 
     return errors
+
+
+def save_samples(pictures: np.ndarray, step: int, directory: Path) -> None:
+    """Save a grid of pictures as samples/STEP.png of the run folder, in the first process."""
+    if jax.process_index() == 0:
+        folder = directory / "samples"
+        folder.mkdir(exist_ok=True)
+        save_grid(pictures, folder / f"{step:07d}.png")
 
 
 def grids(
@@ -89,9 +97,6 @@ def grids(
 
     def write(params: Mapping[str, Any], step: int, directory: Path) -> None:
         samples = pictures(draw(params, labels, jax.random.key(cfg.seed)), where=f"samples at step {step}: ")
-        if jax.process_index() == 0:
-            folder = directory / "samples"
-            folder.mkdir(exist_ok=True)
-            save_grid(samples, folder / f"{step:07d}.png")
+        save_samples(samples, step, directory)
 
     return write

@@ -10,7 +10,7 @@
     CACHE/null.npy, null_mask.npy    [tokens, width] f16 and [tokens] bool: the empty text, with its padding
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ from rich.progress import track
 
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.hub import absolute
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.data.caches import new_cache, write_columns
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.reading import mapped
 from heirloom.common.data.sources import Record, Source, SourceConfig, captions, open_source
@@ -34,7 +34,7 @@ from heirloom.common.train.parameters import load_params
 from lit_jax.aspect import nearest_ratio
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.data import cover_crop
-from lit_jax.latents import cache_origin
+from lit_jax.latents import cache_origin, held
 from lit_jax.origin import autoencoder_origin, write_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.text.encoder import TextEncoder, TowerEncoder
@@ -58,8 +58,6 @@ def write_text_cache(
     text: TextEncoder | TowerEncoder,
     text_source: str,
     mesh: Mesh,
-    *,
-    force: bool = False,
 ) -> dict[str, Any]:
     """Encode all pictures and captions of `data`; returns the content of `cache.json`.
 
@@ -67,15 +65,12 @@ def write_text_cache(
     one whose ratio is nearest. The folder gets its name when it is complete. Raises InputError for a record without
     picture or caption, for a value that float16 cannot hold, in a job of several processes, and if `folder` exists.
     """
-    if jax.process_count() > 1:
-        raise InputError(f"this job has {jax.process_count()} processes, one writes a cache: run this on one host")
     source, names = open_source(data), [name for name in (data.text, *data.columns) if name]
     if "image" not in source[0] or not data.text:
         raise InputError(f"{data.path}: pictures and captions are needed: set data.image and data.text")
     if "text" not in source[0]:
         raise InputError(f"{data.path} has pictures without captions: {_table_advice(source, data)}")
-    with staged(folder, force=force) as staging:
-        staging.mkdir()
+    with new_cache(folder) as staging:
         captions: list[Columns] = []
         members: list[list[int]] = [[] for _ in sizes]
         for i in track(range(len(source)), description="reading"):
@@ -130,24 +125,20 @@ def _write_latents(
         moments = donor.model.apply(params, images.astype(jnp.float32) / 127.5 - 1, method="encode")
         return jnp.concatenate(moments, -1).astype(jnp.float16)
 
-    params, factor = load_params(donor, mesh), donor.cfg.factor
-    for (height, width), rows in zip(sizes, members, strict=True):
-        if not rows:
-            continue
-        part = folder / f"{height}x{width}"
-        part.mkdir()
-        np.save(part / "records.npy", np.array(rows, np.int64))
-        shape = (len(rows), height // factor, width // factor, 2 * donor.cfg.latent)
-        out = np.lib.format.open_memmap(part / "moments.npy", "w+", np.float16, shape)
-        embed = embedder(encode, mesh, BATCH)
+    params, embed = load_params(donor, mesh), embedder(encode, mesh, BATCH)
+
+    def parts(rows: list[int], height: int, width: int) -> Iterator[dict[str, np.ndarray]]:
         for first in track(range(0, len(rows), BATCH), description=f"encoding {height} x {width}"):
             records = [source[i] for i in rows[first : first + BATCH]]
             found = embed(params, np.stack([cover_crop(decode_record(r), height, width) for r in records]))
-            whole = np.isfinite(found).reshape(len(found), -1).all(1)
-            if not whole.all():
-                raise InputError(f"{records[whole.argmin()]['key']} has moments that float16 cannot hold")
-            out[first : first + len(found)] = found
-        out.flush()
+            yield {"moments": held(found, records)}
+
+    for (height, width), rows in zip(sizes, members, strict=True):
+        if rows:
+            part = folder / f"{height}x{width}"
+            part.mkdir()
+            np.save(part / "records.npy", np.array(rows, np.int64))
+            write_columns(part, len(rows), parts(rows, height, width))
 
 
 def _write_captions(folder: Path, captions: list[Columns], text: TextEncoder | TowerEncoder) -> None:

@@ -15,7 +15,7 @@ from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError, remark
 from heirloom.common.methods import locate_any
 from heirloom.common.paths import Address, place
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parts import Model
 from lit_jax import autoencoder_layouts
 from lit_jax.aspect import Ratios, bucket_sizes
@@ -50,7 +50,7 @@ def write_cache(cfg: "Config", data: SourceConfig, folder: Path) -> dict[str, An
     text = open_text(locate_any(cfg.text_encoder), tokens=cfg.student.text_tokens)
     factor = autoencoder.cfg.factor
     sizes = bucket_sizes(cfg.ratios, cfg.student.size * factor, cfg.student.patch * factor)
-    mesh = start(MeshConfig())
+    mesh = start()
     return write_text_cache(folder, data, sizes, autoencoder, cfg.autoencoder, text, cfg.text_encoder, mesh)
 
 

@@ -1,7 +1,6 @@
 """Evaluation of a text-to-image training: the error on held-out data, and pictures of prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from heirloom.common.data.grid import save_grid
 from heirloom.common.diffusion import add_noise, linear_schedule
 from heirloom.common.evaluate.scored import Score, Scored
 from heirloom.common.nn.moments import Moments
-from heirloom.common.train.mesh import replicated, split_rows
+from heirloom.common.train.mesh import split_rows
 from heirloom.common.train.parts import Model
 from lit_jax.autoencoder import sample_latents
 from lit_jax.decode import PictureDecoder
 from lit_jax.denoiser import Condition, Denoiser, PromptConfig, unconditional
-from lit_jax.losses import split
+from lit_jax.progress import noise_errors, save_samples
 from lit_jax.sample import picture_keys
 from lit_jax.text.encoder import TextEncoder, TowerEncoder
 from lit_jax.text_cache import TextCache, TextExample
@@ -49,12 +47,10 @@ def held_out_error(student: Model, data: TextCache, mesh: Mesh) -> Score:
             clean = sample_latents(data.encoding.autoencoder, moments, keys[0])
             noise, step = jax.random.normal(keys[1], clean.shape), jnp.asarray(times[rows], jnp.int32)
             mask = np.arange(batch["text"].shape[1]) < batch["length"][:, None]
-            columns = add_noise(schedule, clean, step, noise), step, batch["text"].astype(np.float32), mask, noise
+            columns = add_noise(schedule, clean, step, noise), step, noise, batch["text"].astype(np.float32), mask
             parts.append([np.asarray(column) for column in columns])
 
-    @partial(jax.jit, out_shardings=replicated(mesh))
-    def errors(params: Mapping[str, Any], noisy: Any, step: Any, text: Any, mask: Any, noise: Any) -> jax.Array:
-        return jnp.square(split(student.apply(params, noisy, step, text, mask)).noise - noise).mean((1, 2, 3))
+    errors = noise_errors(student, mesh)
 
     def error(params: Mapping[str, Any], parts: list[list[np.ndarray]]) -> float:
         with jax.set_mesh(mesh):
@@ -83,9 +79,9 @@ def _first_caption(data: TextCache) -> Callable[..., dict[str, Any]]:
 
 def _swapped(part: list[np.ndarray]) -> list[np.ndarray]:
     """Gives every picture the text of the one half the rows away."""
-    noisy, step, text, mask, noise = part
+    noisy, step, noise, text, mask = part
     half = max(1, len(noisy) // 2)
-    return [noisy, step, np.roll(text, half, 0), np.roll(mask, half, 0), noise]
+    return [noisy, step, noise, np.roll(text, half, 0), np.roll(mask, half, 0)]
 
 
 def _filled(rows: np.ndarray) -> np.ndarray:
@@ -130,9 +126,6 @@ def grids(draw: Drawer) -> Callable[[Mapping[str, Any], int, Path], None]:
     """Make `(params, step, run folder)`, which saves what `draw` draws."""
 
     def write(params: Mapping[str, Any], step: int, directory: Path) -> None:
-        drawn = draw(params)
-        if jax.process_index() == 0:
-            (directory / "samples").mkdir(exist_ok=True)
-            save_grid(drawn, directory / "samples" / f"{step:07d}.png")
+        save_samples(draw(params), step, directory)
 
     return write

@@ -30,6 +30,7 @@ from lit_jax.autoencoder import sample_latents
 from lit_jax.components import copy_parts, other_scale, write_parts_of
 from lit_jax.denoiser import Null, PromptConfig
 from lit_jax.inherit import Keep, graft_attention
+from lit_jax.kernels import check_device
 from lit_jax.losses import DistillConfig, hybrid
 from lit_jax.origin import compare_latents, copy_origin, read_origin, write_origin
 from lit_jax.pixart import NULL_TEXT, PixArt, PixArtConfig
@@ -114,6 +115,9 @@ class Config(BaseConfig):
 
     def parts(self) -> Parts:
         return parts(self)
+
+    def check(self, mesh: Mesh) -> None:
+        check_device(self.student.implementation, mesh)
 
     def train(self, directory: Path) -> None:
         for stage, folder in self._in_stages(directory):

@@ -39,7 +39,7 @@ from lit_jax.data import Pixels, check_latent, is_latent, latents
 from lit_jax.decode import open_pictures, to_uint8
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.inherit import Keep, graft_attention
-from lit_jax.kernels import PLATFORMS
+from lit_jax.kernels import check_device
 from lit_jax.latents import cache_latents, cache_origin, data_origin, sample_cached
 from lit_jax.losses import DistillConfig, hybrid
 from lit_jax.origin import autoencoder_origin, copy_origin, write_origin
@@ -102,7 +102,7 @@ class Config(BaseConfig):
         return write_cache(self, destination)
 
     def check(self, mesh: Mesh) -> None:
-        check_device(self.student, mesh.devices.flat[0].platform)
+        check_device(self.student.implementation, mesh)
 
 
 def parts(cfg: Config) -> Parts:
@@ -173,13 +173,6 @@ def cache_autoencoder(cfg: Config) -> AutoencoderConfig | None:
     if is_latent(cfg.data):
         return cache_origin(place(cfg.data.path)).cfg
     return AutoencoderConfig() if cfg.autoencoder else None
-
-
-def check_device(cfg: DitConfig, platform: str) -> None:
-    """Raise InputError for a kernel of another platform."""
-    if (wanted := PLATFORMS.get(cfg.implementation or "", platform)) != platform:
-        kernel = f"student.implementation {cfg.implementation} is a kernel for {wanted}"
-        raise InputError(f"{kernel}, this is {platform}: set it to xla")
 
 
 def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor | None) -> None:

@@ -28,6 +28,7 @@ from lit_jax.autoencoder import Autoencoder, AutoencoderConfig
 from lit_jax.autoencoder_layouts import FAMILY
 from lit_jax.data import Pixels
 from lit_jax.decode import to_uint8
+from lit_jax.progress import save_samples
 
 HELD_OUT, SHOWN, BATCH = 512, 32, 32  # pictures that are scored, that the grid shows, and at a time
 
@@ -133,9 +134,7 @@ def evaluator(cfg: Config, model: Model, opened: Opened) -> Evaluator | None:
     def draw(params: Mapping[str, Any], step: int, directory: Path) -> None:
         shown = images[:SHOWN]
         pairs = np.stack([shown, restored(params, shown)], axis=1).reshape(-1, *shown.shape[1:])
-        if jax.process_index() == 0:
-            (directory / "samples").mkdir(exist_ok=True)
-            save_grid(to_uint8(pairs), directory / "samples" / f"{step:07d}.png")
+        save_samples(to_uint8(pairs), step, directory)
 
     return Evaluator(score=score, draw=draw)
 

@@ -4,25 +4,22 @@ The student then gets the same pictures and captions as the teacher did: centre 
 is "none"). Its preprocessing and tokenizer may be others than the teacher's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import hashes
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.checkpoint.staging import staged
+from heirloom.common.data.caches import new_cache, write_columns
 from heirloom.common.data.pipeline import check_record, evaluation_batches
 from heirloom.common.data.preprocess import Preprocess
-from heirloom.common.data.reading import mapped, retried
-from heirloom.common.data.sources import Record, Source, SourceConfig
+from heirloom.common.data.sources import ArraySource, Record, Source, SourceConfig
 from heirloom.common.data.sources.record import key_of
 from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError, remark
@@ -50,25 +47,19 @@ def write(
     """
     if "image" not in source[0]:
         raise InputError(f"{data.path} has no pictures: name their column with data.image")
-    if jax.process_count() > 1:
-        raise InputError(f"this job has {jax.process_count()} processes, one writes a cache: run this on one host")
     setup = Setup(model=teacher.model, pre=pre, tokenizer=tokenizer, cfg=teacher.cfg, mesh=mesh)
     image, text, params = setup.embed("image"), setup.embed("text"), load_params(teacher, mesh)
     made_by = {"teacher": origin(teacher.path), "hashes": hashes(teacher.file)}
     about = _of_data(source, data) | _of_model(source, pre, tokenizer) | made_by
-    with staged(folder) as staging:
-        staging.mkdir()
-        shape = (len(source), teacher.cfg.joint)
-        columns = [np.lib.format.open_memmap(staging / f"{name}.npy", "w+", np.float32, shape) for name in TARGETS]
-        seen = 0
+
+    def parts() -> Iterator[dict[str, np.ndarray]]:
         for batch in evaluation_batches(source, BATCH, pre, tokenizer, teacher.cfg.text.context):
-            rows = slice(seen, seen + len(batch["image"]))
             first = np.unique(batch["owner"], return_index=True)[1]  # the first of several captions
-            columns[0][rows] = image(params, batch["image"])
-            columns[1][rows] = text(params, batch["text"][first])
-            seen = rows.stop
-        for column in columns:
-            column.flush()
+            features = image(params, batch["image"]), text(params, batch["text"][first])
+            yield dict(zip(TARGETS, features, strict=True))
+
+    with new_cache(folder) as staging:
+        write_columns(staging, len(source), parts())
         pre.save(staging)
         tokenizer.save(staging)
         weights.write_json(staging / ABOUT, about)
@@ -129,11 +120,8 @@ class Cached:
         if others := [name for name, value in own.items() if stored.get(name) != value]:
             what = ", ".join("tokenizer" if name == "tokens" else name for name in others)
             remark(f"{folder}: the teacher had another preprocessing or tokenizer than the student ({what})")
-        self._source, self._folder = source, folder
-        self._columns: dict[str, np.ndarray] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_columns": None}  # each worker maps the files again
+        self._source = source
+        self._targets = ArraySource(folder, SourceConfig(image="", text="", columns=TARGETS))
 
     def __len__(self) -> int:
         return len(self._source)
@@ -143,7 +131,5 @@ class Cached:
         return key_of(self._source, index)
 
     def __getitem__(self, index: int) -> Record:
-        if self._columns is None:
-            files = {name: self._folder / f"{name}.npy" for name in TARGETS}
-            self._columns = {name: retried(partial(mapped, file), file) for name, file in files.items()}
-        return self._source[index] | {name: np.array(column[index]) for name, column in self._columns.items()}
+        stored = self._targets[index]
+        return self._source[index] | {name: stored[name] for name in TARGETS}

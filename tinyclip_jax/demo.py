@@ -23,8 +23,7 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax.cost import parameters
-from tinyclip_jax.evaluate import retrieval_on
-from tinyclip_jax.inputs import preprocess_of, tokenizer_of
+from tinyclip_jax.evaluate import Words, score_on, setup_of
 from tinyclip_jax.model import Clip
 from tinyclip_jax.train import Config
 from tinyclip_jax.zoo import open_clip_model
@@ -87,9 +86,8 @@ def race(cfg: Config, folder: Path) -> Race:
 
 def _score(cfg: Config, source: str) -> dict[str, float]:
     donor, mesh = open_clip_model(source), start(cfg.mesh)
-    pre, tokenizer = preprocess_of(donor).pre, tokenizer_of(donor)
-    assert tokenizer is not None
-    return retrieval_on(cfg.held_out, donor.model, pre, tokenizer, donor.cfg, mesh)(load_params(donor, mesh)).summary()
+    score = score_on(cfg.held_out, "retrieval", setup_of(donor, mesh), Words())
+    return score(load_params(donor, mesh)).summary()
 
 
 def _table(counts: dict[str, dict[str, int]], scores: dict[str, dict[str, float]]) -> Table:
@@ -148,15 +146,15 @@ class _Found:
 
 def _search(cfg: Config, source: str) -> _Found:
     donor, mesh = open_clip_model(source), start(cfg.mesh)
-    pre, tokenizer = preprocess_of(donor).pre, tokenizer_of(donor)
-    assert tokenizer is not None
-    data = open_source(cfg.held_out)
+    setup, data = setup_of(donor, mesh), open_source(cfg.held_out)
     records = [data[i] for i in range(len(data))]
     captions = sorted({record["text"] for record in records})
     params = load_params(donor, mesh)
     encode = jax.jit(lambda params, x: donor.model.apply(params, x, method="encode_image"))
-    image = np.concatenate([np.asarray(encode(params, batch["image"])) for batch in evaluation_batches(data, 100, pre)])
-    text = np.asarray(donor.model.apply(params, tokenizer(captions, donor.cfg.text.context), method="encode_text"))
+    batches = evaluation_batches(data, 100, setup.pre)
+    image = np.concatenate([np.asarray(encode(params, batch["image"])) for batch in batches])
+    tokens = setup.tokenizer(captions, donor.cfg.text.context)
+    text = np.asarray(donor.model.apply(params, tokens, method="encode_text"))
     hit = np.array([[record["text"] == caption for record in records] for caption in captions])
     pictures = [decode(record["image"]) for record in records]
     return _Found(captions=captions, order=np.argsort(-(text @ image.T), axis=1), hit=hit, pictures=pictures)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from heirloom.common import config
+from heirloom.common.arguments import arguments_of
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.class_names import as_words
 from heirloom.common.data.labelled import Labelled, open_labelled
@@ -33,7 +34,7 @@ from heirloom.common.evaluate.zeroshot import (
     read_templates,
 )
 from heirloom.common.notebook.modules import make_callable
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.parts import Model
 from tinyclip_jax.inputs import preprocess_of, tokenizer_of
@@ -42,8 +43,6 @@ from tinyclip_jax.model import ClipConfig
 BATCH = 100
 TASKS = ("retrieval", "zeroshot")
 WORDNET = re.compile(r"n\d{8}")
-OPTIONS: tuple[str, ...] = ("--data", "--split", "--image", "--text", "--label", "--task")
-OPTIONS += ("--classes", "--templates", "--suite", "--beside", "--json")
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,6 @@ def setup_of(donor: Donor, mesh: Mesh) -> Setup:
         raise InputError(f"{donor.path} has no tokenizer for {tokens} tokens: put tokenizer.json next to the weights")
     pre = preprocess_of(donor).announced()
     return Setup(model=donor.model, pre=pre, tokenizer=tokenizer, cfg=donor.cfg, mesh=mesh)
-
-
-def retrieval_on(
-    data: SourceConfig, model: Model, pre: Preprocess, tokenizer: CaptionTokenizer, cfg: ClipConfig, mesh: Mesh
-) -> Score:
-    """`retrieval_over` for the data that a config names. Raises InputError when the data cannot be read."""
-    setup = Setup(model=model, pre=pre, tokenizer=tokenizer, cfg=cfg, mesh=mesh)
-    return retrieval_over(_name(data), open_source(data), setup)
 
 
 def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
@@ -180,7 +171,8 @@ def refuse_flags(args: Namespace, known: Sequence[str] = ()) -> None:
     """Raises InputError for a recipe flag but `known`: `heirloom eval` of weights has no recipe to set a field of."""
     names = [flag.partition("=")[0] for flag in args.flags if flag.startswith("-")] or args.flags
     if unknown := next((name for name in names if name not in known), ""):
-        raise InputError(f"unknown argument {unknown!r}{nearest(unknown, OPTIONS)}; see heirloom eval --help")
+        options = {name for argument in arguments_of("eval") for name in argument.names} | {"--label", "--json"}
+        raise InputError(f"unknown argument {unknown!r}{nearest(unknown, options)}; see heirloom eval --help")
 
 
 @dataclass(frozen=True)
@@ -265,7 +257,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     args.data = args.data or "emoji"
     split = args.split or ("test" if args.data.split(":")[0] == "emoji" else "")
-    mesh = start(MeshConfig())
+    mesh = start()
     setup = setup_of(donor, mesh)
     data = SourceConfig(path=args.data, split=split, image=args.image, text=args.text)
     score = score_on(data, args.task, setup, Words.read(args.classes, args.templates), cfg.label)

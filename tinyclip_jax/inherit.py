@@ -68,7 +68,7 @@ def _resnet(teacher: ClipConfig, student: ClipConfig) -> list[tuple[str, Maps]]:
     if student.image.width > teacher.image.width:
         widths = f"width {student.image.width} exceeds the donor's {teacher.image.width}"
         raise InputError(f"the student's {widths}: set student.image.width to at most this")
-    return leading(functional(Clip, student).spec, "image/**")
+    return leading(functional(Clip, student).spec)
 
 
 def _tower(teacher: Tower, student: Tower, rule: DepthRule) -> dict[str, Pick]:

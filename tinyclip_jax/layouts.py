@@ -1,14 +1,13 @@
 """Layouts of foreign CLIP checkpoints: Hugging Face (torch and Flax), open_clip, and the original TinyCLIP files."""
 
 from heirloom.common.surgery.layout import Layout
+from heirloom.common.surgery.rows import PATCH, Rows, flax_blocks, module, modules, packed
 from heirloom.common.vit.layouts import timm
 from tinyclip_jax.model import ClipConfig
 from tinyclip_jax.resnet import STAGES
 from tinyclip_jax.vit import VitImageConfig
 
-Rows = tuple[tuple[str, ...], ...]
-
-_CONV = "embed channel patch_row patch_col"
+_PACKED = ("in_proj_weight", "in_proj_bias")
 _POSITION = "1 embed + (grid_row grid_col) embed"
 _HF_MODULES = {
     "attn_norm": "layer_norm1",
@@ -24,31 +23,23 @@ _HF_MODULES = {
 
 def _hf_blocks(ours: str, theirs: str) -> Rows:
     """The encoder of one tower in Hugging Face's names."""
-    blocks = f"{theirs}.encoder.layers.{{layer}}"
-    return tuple(row for a, b in _HF_MODULES.items() for row in _module(f"{ours}/blocks/{a}", f"{blocks}.{b}"))
+    return modules(f"{ours}/blocks", f"{theirs}.encoder.layers.{{layer}}", _HF_MODULES)
 
 
 def _open_clip_blocks(ours: str, theirs: str) -> Rows:
     """The encoder of one tower in open_clip's names; q, k and v are packed, rows in this order."""
     blocks, theirs = f"{ours}/blocks", f"{theirs}resblocks.{{layer}}"
-    packed = [" + ".join(f"{blocks}/attn/{p}/{leaf}" for p in ("query", "key", "value")) for leaf in ("kernel", "bias")]
+    projections = tuple(f"{blocks}/attn/{name}" for name in ("query", "key", "value"))
     return (
-        *_module(f"{blocks}/attn_norm", f"{theirs}.ln_1"),
-        (packed[0], f"{theirs}.attn.in_proj_weight"),
-        (packed[1], f"{theirs}.attn.in_proj_bias"),
-        *_module(f"{blocks}/attn/out", f"{theirs}.attn.out_proj"),
-        *_module(f"{blocks}/mlp_norm", f"{theirs}.ln_2"),
-        *_module(f"{blocks}/mlp/up", f"{theirs}.mlp.c_fc"),
-        *_module(f"{blocks}/mlp/down", f"{theirs}.mlp.c_proj"),
+        *module(f"{blocks}/attn_norm", f"{theirs}.ln_1"),
+        *packed(projections, f"{theirs}.attn", *_PACKED),
+        *module(f"{blocks}/attn/out", f"{theirs}.attn.out_proj"),
+        *module(f"{blocks}/mlp_norm", f"{theirs}.ln_2"),
+        *module(f"{blocks}/mlp/up", f"{theirs}.mlp.c_fc"),
+        *module(f"{blocks}/mlp/down", f"{theirs}.mlp.c_proj"),
         (f"{blocks}/attn_scale/scale", f"{theirs}.ls_1.gamma"),
         (f"{blocks}/mlp_scale/scale", f"{theirs}.ls_2.gamma"),
     )
-
-
-def _module(ours: str, theirs: str) -> Rows:
-    """Weight and bias of a linear layer or a norm."""
-    weight = "scale" if ours.endswith("norm") else "kernel"
-    return ((f"{ours}/{weight}", f"{theirs}.weight"), (f"{ours}/bias", f"{theirs}.bias"))
 
 
 def _resnet(theirs: str) -> Rows:
@@ -69,19 +60,19 @@ def _resnet(theirs: str) -> Rows:
     pool, foreign = "image/pool", f"{theirs}attnpool"
     rows.append((f"{pool}/cls_position + {pool}/position", f"{foreign}.positional_embedding", _POSITION))
     for ours, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "c_proj")):
-        rows.extend(_module(f"{pool}/{ours}", f"{foreign}.{name}"))
+        rows.extend(module(f"{pool}/{ours}", f"{foreign}.{name}"))
     return tuple(rows)
 
 
 def _image_tower(theirs: str) -> Rows:
     """CLIP's ViT in open_clip's names."""
     return (
-        ("image/patch/project/kernel", f"{theirs}conv1.weight", _CONV),
+        ("image/patch/project/kernel", f"{theirs}conv1.weight", PATCH),
         ("image/cls", f"{theirs}class_embedding"),
         ("image/cls_position + image/position", f"{theirs}positional_embedding", _POSITION),
-        *_module("image/pre_norm", f"{theirs}ln_pre"),
+        *module("image/pre_norm", f"{theirs}ln_pre"),
         *_open_clip_blocks("image", f"{theirs}transformer."),
-        *_module("image/post_norm", f"{theirs}ln_post"),
+        *module("image/post_norm", f"{theirs}ln_post"),
         ("image/projection/kernel", f"{theirs}proj", "embed joint"),
     )
 
@@ -92,7 +83,7 @@ def _timm_tower(cfg: VitImageConfig, theirs: str) -> Rows:
     rows = [row for row in timm(cfg).rows if not row[0].startswith(("head", "distillation_head"))]
     paths = (" + ".join(f"image/{path}" for path in row[0].split(" + ")) for row in rows)
     inside = tuple((path, f"{theirs}trunk.{row[1]}", *row[2:]) for path, row in zip(paths, rows, strict=True))
-    return (*inside, *_module("image/projection", f"{theirs}{head}"))
+    return (*inside, *module("image/projection", f"{theirs}{head}"))
 
 
 def _text_tower(theirs: str, affine: bool) -> Rows:
@@ -101,8 +92,8 @@ def _text_tower(theirs: str, affine: bool) -> Rows:
         ("text/token/table", f"{theirs}token_embedding.weight", "vocab embed"),
         ("text/position", f"{theirs}positional_embedding", "position embed"),
         *_open_clip_blocks("text", f"{theirs}transformer."),
-        *_module("text/post_norm", f"{theirs}ln_final"),
-        *(_module("text/projection", f"{theirs}text_projection") if affine else projection),
+        *module("text/post_norm", f"{theirs}ln_final"),
+        *(module("text/projection", f"{theirs}text_projection") if affine else projection),
     )
 
 
@@ -120,12 +111,13 @@ def open_clip(cfg: ClipConfig) -> Layout:
 
 OPEN_CLIP = open_clip(ClipConfig())
 
+
 def _hf_text(projection: Rows) -> Rows:
     return (
         ("text/token/table", "text_model.embeddings.token_embedding.weight", "vocab embed"),
         ("text/position", "text_model.embeddings.position_embedding.weight", "position embed"),
         *_hf_blocks("text", "text_model"),
-        *_module("text/post_norm", "text_model.final_layer_norm"),
+        *module("text/post_norm", "text_model.final_layer_norm"),
         *projection,
     )
 
@@ -137,12 +129,12 @@ _HF_BUFFERS = ("*_model.embeddings.position_ids",)
 HF = Layout(
     "hf",
     (
-        ("image/patch/project/kernel", f"{_HF_PATCH}.weight", _CONV),
+        ("image/patch/project/kernel", f"{_HF_PATCH}.weight", PATCH),
         ("image/cls", "vision_model.embeddings.class_embedding"),
         ("image/cls_position + image/position", _HF_POSITION, _POSITION),
-        *_module("image/pre_norm", "vision_model.pre_layrnorm"),
+        *module("image/pre_norm", "vision_model.pre_layrnorm"),
         *_hf_blocks("image", "vision_model"),
-        *_module("image/post_norm", "vision_model.post_layernorm"),
+        *module("image/post_norm", "vision_model.post_layernorm"),
         ("image/projection/kernel", "visual_projection.weight"),
         *_hf_text((("text/projection/kernel", "text_projection.weight"),)),
         ("logit_scale", "logit_scale"),
@@ -155,16 +147,15 @@ _POOL_MODULES = {"attn/out": "attention.out_proj", "norm": "layernorm", "mlp/up"
 SIGLIP = Layout(
     "hf",
     (
-        ("image/patch/project/kernel", f"{_HF_PATCH}.weight", _CONV),
+        ("image/patch/project/kernel", f"{_HF_PATCH}.weight", PATCH),
         ("image/patch/project/bias", f"{_HF_PATCH}.bias"),
         ("image/position", _HF_POSITION, "(grid_row grid_col) embed"),
         *_hf_blocks("image", "vision_model"),
-        *_module("image/norm", "vision_model.post_layernorm"),
+        *module("image/norm", "vision_model.post_layernorm"),
         ("image/pool/latent", "vision_model.head.probe", "1 1 embed"),
-        (" + ".join(f"{path}/kernel" for path in _POOL), "vision_model.head.attention.in_proj_weight"),
-        (" + ".join(f"{path}/bias" for path in _POOL), "vision_model.head.attention.in_proj_bias"),
-        *(row for a, b in _POOL_MODULES.items() for row in _module(f"image/pool/{a}", f"vision_model.head.{b}")),
-        *_hf_text(_module("text/projection", "text_model.head")),
+        *packed(_POOL, "vision_model.head.attention", *_PACKED),
+        *modules("image/pool", "vision_model.head", _POOL_MODULES),
+        *_hf_text(module("text/projection", "text_model.head")),
         ("logit_scale", "logit_scale", "1"),
         ("logit_bias", "logit_bias", "1"),
     ),
@@ -179,18 +170,10 @@ def hf(cfg: ClipConfig) -> Layout:
 
 def _flax_tower(ours: str, theirs: str) -> Rows:
     """The encoder of one tower in the names of transformers' Flax models, and its last norm; kernels read first."""
-    kernels = {f"attn/{name}": "embed (head head_dim)" for name in ("query", "key", "value")}
-    kernels |= {"attn/out": "(head head_dim) embed", "mlp/up": "embed hidden", "mlp/down": "hidden embed"}
-    blocks = f"{theirs}/encoder/layers/{{layer}}"
-    rows: list[tuple[str, ...]] = []
-    for a, b in _HF_MODULES.items():
-        path, key = f"{ours}/blocks/{a}", f"{blocks}/{b.replace('.', '/')}"
-        weight = ("kernel", kernels[a]) if a in kernels else ("scale",)
-        rows += [(f"{path}/{weight[0]}", f"{key}/{weight[0]}", *weight[1:]), (f"{path}/bias", f"{key}/bias")]
     last = "post_layernorm" if ours == "image" else "final_layer_norm"
     norms = {"post_norm": last} | ({"pre_norm": "pre_layrnorm"} if ours == "image" else {})
-    rows += [(f"{ours}/{a}/{leaf}", f"{theirs}/{b}/{leaf}") for a, b in norms.items() for leaf in ("scale", "bias")]
-    return tuple(rows)
+    ends = ((f"{ours}/{a}/{leaf}", f"{theirs}/{b}/{leaf}") for a, b in norms.items() for leaf in ("scale", "bias"))
+    return (*flax_blocks(f"{ours}/blocks", f"{theirs}/encoder/layers/{{layer}}", _HF_MODULES), *ends)
 
 
 FLAX = Layout(

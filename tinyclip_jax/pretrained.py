@@ -24,7 +24,7 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.model import Loaded, inherited
 from heirloom.common.notebook.run import Trained
 from heirloom.common.notebook.run import train as train_recipe
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax.evaluate import Setup, Words, score_on
 from tinyclip_jax.inherit import DepthRule, manual
@@ -119,7 +119,7 @@ def load(source: str | os.PathLike[str], **overrides: Any) -> Pretrained:
     """
     donor = open_clip_model(str(source), **overrides)
     pre, tokenizer = preprocess_of(donor).announced(), tokenizer_of(donor)
-    params = load_params(donor, start(MeshConfig()))
+    params = load_params(donor, start())
     about: dict[str, Any] = dict(source=str(source), loaded_from=kept_provenance(donor))
     return Pretrained(cfg=donor.cfg, model=donor.model, params=params, pre=pre, tokenizer=tokenizer, **about)
 
@@ -172,7 +172,7 @@ def evaluate(
     data has none. templates: captions with {}. Raises InputError for data that cannot be read, and what has no effect.
     """
     clip = load(model) if isinstance(model, str) else model
-    setup = Setup(clip.model, clip.pre, clip._tokenizer(), clip.cfg, start(MeshConfig()))
+    setup = Setup(clip.model, clip.pre, clip._tokenizer(), clip.cfg, start())
     split = split or ("test" if str(data).split(":")[0] == "emoji" else "")
     source = SourceConfig(path=os.fspath(data), split=split, image=image, text=text)
     words = Words.of(classes, templates)

@@ -8,7 +8,7 @@ import numpy as np
 from heirloom.common.checkpoint.family import Donor, TextReader
 from heirloom.common.errors import InputError, remark
 from heirloom.common.evaluate.features import embedder
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax.inputs import tokenizer_of
 from tinyclip_jax.model import ClipConfig
@@ -26,7 +26,7 @@ def text_reader(donor: Donor, tokens: int) -> TextReader:
         raise InputError(f"{donor.path} reads {cfg.text.context} tokens, and the model is to read {tokens}: set fewer")
     if (tokenizer := tokenizer_of(donor)) is None:
         raise InputError(f"{donor.path} has no tokenizer: put its tokenizer.json next to the weights")
-    mesh = start(MeshConfig())
+    mesh = start()
     params, read = load_params(donor, mesh), embedder(partial(donor.model.apply, method="token_states"), mesh, BATCH)
 
     def states(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

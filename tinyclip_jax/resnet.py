@@ -150,10 +150,10 @@ def positions(c: ResNetConfig) -> Iterator[tuple[str, int]]:
     yield "image/pool/**", c.grid**2 + 1
 
 
-def leading(spec: Spec, pattern: str) -> list[tuple[str, Maps]]:
-    """Rules that give every leaf the leading part of its source along each axis: filters, statistics, heads."""
+def leading(spec: Spec) -> list[tuple[str, Maps]]:
+    """Rules that give every leaf of the image tower the leading part of its source along each axis."""
     rules: list[tuple[str, Maps]] = []
-    for path in select(pattern, spec):
+    for path in select("image/**", spec):
         leaf = spec[path]
         rules.append((path, {name: first(size) for name, size in zip(leaf.axes.names, leaf.shape, strict=True)}))
     return rules

@@ -39,7 +39,7 @@ from heirloom.common.errors import InputError, remark
 from heirloom.common.evaluate.imagenet import CLASSES, TEMPLATES, is_class_list
 from heirloom.common.evaluate.probe import probe
 from heirloom.common.evaluate.zeroshot import TEMPLATES as PLAIN
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.step import cast
 from tinyclip_jax.cost import parameters
@@ -218,7 +218,7 @@ def run_suite(donor: Donor, baseline: Donor | None, folder: Path) -> list[dict[s
     present = [name for name in SUITE if (folder / name).is_dir()]
     if not present:
         raise InputError(f"{folder} holds no data set of the suite: name its folders {', '.join(SUITE)}")
-    mesh = start(MeshConfig())
+    mesh = start()
     models = [_score_all(model, present, folder, mesh) for model in (donor, baseline) if model]
     published = published_for(donor)
     rows: list[dict[str, Any]] = []

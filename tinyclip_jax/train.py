@@ -28,7 +28,7 @@ from heirloom.common.train.step import STATISTICS, Batch, LossFn, LossOutput, Pa
 from tinyclip_jax import cache
 from tinyclip_jax.cache import TARGETS
 from tinyclip_jax.config import Config, LossConfig, Stage
-from tinyclip_jax.evaluate import retrieval_on
+from tinyclip_jax.evaluate import Setup, Words, score_on
 from tinyclip_jax.inherit import manual
 from tinyclip_jax.inputs import CACHE, Inputs, read_inputs, teacher_inputs
 from tinyclip_jax.losses import affinity_mimicking, contrastive
@@ -187,8 +187,8 @@ def evaluator(cfg: Config, model: Model, opened: Opened) -> Evaluator | None:
     """Retrieval on the held-out pairs; None without held-out data."""
     if not cfg.held_out.path:
         return None
-    inputs: Inputs = opened.inputs
-    return Evaluator(score=retrieval_on(cfg.held_out, model, inputs.pre, inputs.tokenizer, cfg.student, opened.mesh))
+    setup = Setup(model, opened.inputs.pre, opened.inputs.tokenizer, cfg.student, opened.mesh)
+    return Evaluator(score=score_on(cfg.held_out, "retrieval", setup, Words()))
 
 
 def describe_first_batch(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) -> str:

@@ -18,7 +18,7 @@ from heirloom.common.notebook.model import Loaded
 from heirloom.common.notebook.run import Trained
 from heirloom.common.notebook.run import train as train_recipe
 from heirloom.common.notebook.shown import Shown
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from weightgen.formats import sidecars
 from weightgen.generate import check_finite, check_generates
@@ -143,7 +143,7 @@ def load(source: str | os.PathLike[str]) -> Pretrained:
     """Load a generator of weights by SOURCE: a folder, or a run of its recipe. Raises InputError for anything else."""
     donor = open_any(str(source))
     check_generates(donor)
-    params = load_params(donor, start(MeshConfig()))
+    params = load_params(donor, start())
     return Pretrained(cfg=donor.cfg, model=donor.model, params=params, donor=donor, source=str(source))
 
 

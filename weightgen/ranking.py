@@ -150,11 +150,11 @@ def top(ranked: Sequence[Ranked], share: float = 0.25) -> list[Ranked]:
     return [entry for entry in ranked if entry.name in kept]
 
 
-def unstacked(params: Mapping[str, Any], select: str = "blocks/") -> dict[str, np.ndarray]:
+def unstacked(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """List the matrices of a model of ours with layers stacked: "path@layer" -> [in, out], heads merged."""
     out = {}
     for path, leaf in params.items():
-        if select in path and path.endswith("kernel") and np.ndim(leaf) >= 3:
+        if "blocks/" in path and path.endswith("kernel") and np.ndim(leaf) >= 3:
             array = np.asarray(leaf)
             for i in range(len(array)):
                 out[f"{path}@{i}"] = layer_matrix(path, array[i])

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import read_json
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from weightgen.baselines import nearest_model, noisy, prototype
 from weightgen.d2nwg.model import D2nwgConfig
@@ -125,7 +125,7 @@ def _zoo_baselines(
     found = {name: cfg.whole.padded(rows) for name, rows in made.items()}
     if isinstance(cfg, GeneratorConfig) and cfg.prior == "linear":
         mask = np.broadcast_to(np.arange(cfg.shots) < task.shots, task.condition.shape[:3])
-        params = load_params(donor, start(MeshConfig()))
+        params = load_params(donor, start())
         found["ridge"] = np.asarray(donor.model.apply(params, jnp.asarray(task.condition), mask, method="expected"))
     return found
 

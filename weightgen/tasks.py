@@ -13,7 +13,7 @@ from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.pictures import Picture
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, nearest
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from weightgen.d2nwg.model import D2nwgConfig
 from weightgen.d2nwg.model import sample as sample_d2nwg
@@ -153,7 +153,7 @@ def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int)
     if isinstance(cfg, D2nwgConfig) and how != SampleConfig():
         own = "the released system draws with all its steps and without guidance"
         raise InputError(f"{own}: leave out the settings of the sampler")
-    params = load_params(donor, start(MeshConfig()))
+    params = load_params(donor, start())
     condition = np.tile(task.condition, (n, 1, 1, 1))
     mask = np.broadcast_to(np.arange(cfg.shots) < task.shots, condition.shape[:3])
     key = jax.random.key(seed)

@@ -356,14 +356,10 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
             fill(out)
 
 
-def came_from(donor: Donor) -> dict[str, str]:
-    """Returns what the provenance of a conversion says of its source; `first_format` is that before all conversions."""
-    return {"source": origin(donor.path), "format": donor.format, "first_format": first_format(donor)}
-
-
 def copied_from(donor: Donor) -> dict[str, Any]:
-    """Returns the provenance of a copy of a checkpoint, in our format."""
-    return came_from(donor) | provenance(COPY.resolve(donor.source, donor.source.spec))
+    """Returns the provenance of a copy of a checkpoint, in our format; first_format: before all conversions."""
+    source = {"source": origin(donor.path), "format": donor.format, "first_format": first_format(donor)}
+    return source | provenance(COPY.resolve(donor.source, donor.source.spec))
 
 
 def kept_provenance(donor: Donor) -> dict[str, Any] | None:

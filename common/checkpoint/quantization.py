@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from heirloom.common.checkpoint import weights
-from heirloom.common.checkpoint.convert import COPY, came_from, hashes, open_donor, parts
+from heirloom.common.checkpoint.convert import copied_from, hashes, open_donor, parts
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantized import QuantizedView, quantized_tensors, write_quantized
 from heirloom.common.checkpoint.staging import staged
@@ -13,7 +13,6 @@ from heirloom.common.checkpoint.verify import UNQUANTIZED, Check, compare
 from heirloom.common.checkpoint.weights import FILE, read_json, write_json
 from heirloom.common.errors import InputError, VerificationError
 from heirloom.common.nn.quantized import INT8
-from heirloom.common.surgery.report import provenance
 
 LEAST_COSINE = 0.95  # between outputs before and after: below this, the quantised model is another model
 
@@ -35,7 +34,7 @@ def quantize_folder(donor: Donor, destination: Path, *, force: bool = False, ver
         with weights.create_safetensors(folder / FILE, tensors) as out:
             write_quantized(out, donor.source.values, spec, str(donor.path))
         weights.write_config(folder, family.name, donor.cfg, INT8)
-        write_json(folder / "provenance.json", came_from(donor) | provenance(COPY.resolve(donor.source, spec)))
+        write_json(folder / "provenance.json", copied_from(donor))
         family.sidecars(donor, folder, "heirloom")
         check = Check(passed=True, reference=None, note="not asked for")
         if verify:

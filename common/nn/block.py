@@ -101,7 +101,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=0))))
     state = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(params=key)))[1])(jax.random.split(rngs.params(), layers))
     for _, variable in nnx.to_flat_state(state):
-        variable.set_metadata(axes=str(Axes.parse(variable.get_metadata()["axes"]).stacked("layer")))
+        variable.set_metadata(axes=str(Axes.parse(variable.get_metadata()["axes"]).stacked()))
     return nnx.merge(graph, state)
 
 

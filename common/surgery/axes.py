@@ -52,9 +52,9 @@ class Axes:
         """Returns the positions of the dimensions on any of `sides`."""
         return tuple(i for i, s in enumerate(self.sides) if s in sides)
 
-    def stacked(self, name: str) -> "Axes":
-        """Returns the same axes with a stacking axis in front."""
-        return Axes((name, *self.names), ("stack", *self.sides))
+    def stacked(self) -> "Axes":
+        """Returns the same axes with a stacking axis `layer` in front."""
+        return Axes(("layer", *self.names), ("stack", *self.sides))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class MeshConfig:
     """Devices over which heads, hidden units and vocabulary are split."""
 
 
-def start(cfg: MeshConfig, patience: float = 300.0) -> Mesh:
+def start(cfg: MeshConfig = MeshConfig(), patience: float = 300.0) -> Mesh:
     """Joins the other processes, if the environment names any, and builds the mesh `(data, fsdp, tensor)`.
 
     Call it before anything else uses a device. Raises InputError when the sizes do not multiply to the number of

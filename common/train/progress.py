@@ -99,7 +99,7 @@ def describe(line: Mapping[str, Any], total: int, work: Work) -> list[str]:
     rate = timing["examples_per_second"]
     left = timedelta(seconds=round((total - line["step"]) * work.examples / rate)) if rate else "-"
     return [
-        f"loss {_show(line['loss'], '.4g')}",
+        f"loss {_show(line['loss'])}",
         *([f"bad {line['bad']:,}"] if line.get("bad") else []),
         f"ETA {left}",
         f"{rate:,.0f} examples/s",
@@ -110,7 +110,7 @@ def describe(line: Mapping[str, Any], total: int, work: Work) -> list[str]:
 
 def describe_scores(line: Mapping[str, Any]) -> list[str]:
     """Returns `eval/r1 0.0591`, `eval/r5 0.18`; nothing for a line without an evaluation."""
-    return [f"{name} {_show(value, '.4g')}" for name, value in line.items() if name.startswith("eval/")]
+    return [f"{name} {_show(value)}" for name, value in line.items() if name.startswith("eval/")]
 
 
 def fitting(parts: Sequence[str], width: int) -> str:
@@ -119,5 +119,5 @@ def fitting(parts: Sequence[str], width: int) -> str:
     return "  ".join(part for part, end in zip(parts, ends, strict=True) if end - 2 <= width)
 
 
-def _show(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,16 +1,8 @@
 """Layouts of foreign ViT checkpoints: timm and DeiT, SWS and TLEG genes, google-research archives."""
 
 from heirloom.common.surgery.layout import Layout
+from heirloom.common.surgery.rows import PATCH, Rows, module, modules, packed
 from heirloom.common.vit.model import VitConfig
-
-Rows = tuple[tuple[str, ...], ...]
-PATCH = "embed channel patch_row patch_col"
-
-
-def module(ours: str, theirs: str, weight: str = "weight", bias: str = "bias") -> Rows:
-    """Weight and bias of a linear layer or a norm."""
-    own = "scale" if ours.endswith("norm") else "kernel"
-    return ((f"{ours}/{own}", f"{theirs}.{weight}"), (f"{ours}/bias", f"{theirs}.{bias}"))
 
 
 def positions(cfg: VitConfig, key: str, batch: str = "1 ") -> Rows:
@@ -31,12 +23,6 @@ def stem(cfg: VitConfig, patch: str, cls: str, dist: str, position: str) -> Rows
     )
 
 
-def packed(ours: tuple[str, ...], theirs: str, weight: str = "weight", bias: str = "bias") -> Rows:
-    """Weight and bias of linear layers that share a tensor, rows in this order."""
-    leaves = {"kernel": weight, "bias": bias}
-    return tuple((" + ".join(f"{path}/{leaf}" for path in ours), f"{theirs}.{key}") for leaf, key in leaves.items())
-
-
 def _timm_blocks(cfg: VitConfig, prefix: str, suffix: str = "", *leaves: str) -> Rows:
     """The blocks in timm's names. leaves: the names of weight and bias."""
     names = {"attn_norm": "norm1", "attn/out": "attn.proj", "mlp_norm": "norm2", "mlp/down": "mlp.fc2"}
@@ -53,13 +39,13 @@ def _timm_blocks(cfg: VitConfig, prefix: str, suffix: str = "", *leaves: str) ->
     )
 
 
-def _timm_pool(key: str) -> Rows:
+def _timm_pool() -> Rows:
     """Attention pooling in timm's names."""
     names = {"attn/query": "q", "attn/out": "proj", "norm": "norm", "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"}
     return (
-        ("pool/latent", f"{key}.latent", "1 1 embed"),
-        *packed(("pool/memory/key", "pool/memory/value"), f"{key}.kv"),
-        *(row for ours, theirs in names.items() for row in module(f"pool/{ours}", f"{key}.{theirs}")),
+        ("pool/latent", "attn_pool.latent", "1 1 embed"),
+        *packed(("pool/memory/key", "pool/memory/value"), "attn_pool.kv"),
+        *modules("pool", "attn_pool", names),
     )
 
 
@@ -69,7 +55,7 @@ def _timm(name: str, cfg: VitConfig, blocks: Rows) -> Layout:
     front = stem(cfg, "patch_embed.proj", "cls_token", "dist_token", "pos_embed")
     registers = ("registers/register", "reg_token", "1 register embed")
     norms = (*module("pre_norm", "norm_pre"), *module("norm", norm))
-    return Layout(name, (*front, registers, *blocks, *norms, *_timm_pool("attn_pool"), *heads))
+    return Layout(name, (*front, registers, *blocks, *norms, *_timm_pool(), *heads))
 
 
 def timm(cfg: VitConfig) -> Layout:

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+from jax.sharding import Mesh
+
+from heirloom.common.errors import InputError
 
 FeatureMap = Literal["relu", "none"]
 Order = Literal["linear", "quadratic"]
@@ -80,6 +83,14 @@ def choice() -> Choice:
     if kind not in measured():
         return Choice("xla", f"{kernel} has not been measured on {kind}; select it by name")
     return Choice(kernel, f"measured on {kind}: {measured()[kind]}")
+
+
+def check_device(implementation: str | None, mesh: Mesh) -> None:
+    """Raise InputError for a kernel of another platform than the mesh's."""
+    platform = mesh.devices.flat[0].platform
+    if (wanted := PLATFORMS.get(implementation or "", platform)) != platform:
+        kernel = f"student.implementation {implementation} is a kernel for {wanted}"
+        raise InputError(f"{kernel}, this is {platform}: set it to xla")
 
 
 def describe() -> str:

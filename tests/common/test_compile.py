@@ -5,7 +5,7 @@ import pytest
 from heirloom.common import config
 from heirloom.common.compile import Topology, advice
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from lit_jax.train import Config
 
 
@@ -19,7 +19,7 @@ from lit_jax.train import Config
 )
 def test_recipes_that_do_not_go_with_the_slice(flag, value, message):
     with pytest.raises(InputError, match=message):
-        config.load("lit/smoke", [f"--{flag}", value]).abstract(start(MeshConfig()))
+        config.load("lit/smoke", [f"--{flag}", value]).abstract(start())
 
 
 def test_advice_names_flags():

@@ -13,9 +13,9 @@ from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from learngene.augment import AugmentConfig
-from learngene.data import LOGITS, Example, Resident, decoded, evaluation
+from learngene.data import LOGITS, Example, decoded, evaluation, resident
 
 PRE = Preprocess(size=8)
 
@@ -42,7 +42,7 @@ def test_a_picture_on_the_devices_is_replaced_with_its_label(broken):
     arrays = decoded(broken, "label", 3, Example(AugmentConfig(), PRE, 3))
     np.testing.assert_array_equal(arrays["image"][:, 4, 4, 0], 10 * arrays["label"])
     assert arrays["label"].tolist()[:11] == [0] * 8 + [1] * 3 and np.flatnonzero(arrays[BAD] != "[]").tolist() == [11]
-    data = Resident(arrays, PipelineConfig(batch=8, bad_limit=0.25), start(MeshConfig()))
+    data = resident(arrays, PipelineConfig(batch=8, bad_limit=0.25), start())
     said = []
     for batch in itertools.islice(data, 6):
         assert set(batch) == {"image", "label"}
@@ -88,13 +88,13 @@ def test_logits_are_an_array_of_the_classes(picture_of_zeros):
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
     arrays = {"image": np.zeros((20, 4, 4, 3), np.uint8), "label": np.zeros(20, np.int32)}
     with pytest.raises(InputError, match="a batch of 12 cannot be divided into 8 parts"):
-        Resident(arrays, PipelineConfig(batch=12), start(MeshConfig()))
+        resident(arrays, PipelineConfig(batch=12), start())
 
 
 def test_resident_batches_cover_an_epoch_and_resume():
-    mesh = start(MeshConfig())
+    mesh = start()
     arrays = {"label": np.arange(40, dtype=np.int32), "image": np.arange(40, dtype=np.uint8)}
-    data = Resident(arrays, PipelineConfig(batch=16, seed=3), mesh)
+    data = resident(arrays, PipelineConfig(batch=16, seed=3), mesh)
     first = np.concatenate([next(data)["label"] for _ in range(5)])
     assert (
         sorted(first[:40].tolist()) == sorted(first[40:80].tolist()) == list(range(40))
@@ -102,10 +102,10 @@ def test_resident_batches_cover_an_epoch_and_resume():
     )
     state = data.state()
     ahead = np.asarray(next(data)["label"])
-    other = Resident(arrays, PipelineConfig(batch=16, seed=3), mesh)
+    other = resident(arrays, PipelineConfig(batch=16, seed=3), mesh)
     other.restore(state)
     np.testing.assert_array_equal(next(other)["label"], ahead)
     with pytest.raises(InputError, match="seed was 3 and is 4 now"):
-        Resident(arrays, PipelineConfig(batch=16, seed=4), mesh).restore(state)
+        resident(arrays, PipelineConfig(batch=16, seed=4), mesh).restore(state)
     with pytest.raises(InputError, match="fewer than a batch"):
-        Resident(arrays, PipelineConfig(batch=64), mesh)
+        resident(arrays, PipelineConfig(batch=64), mesh)

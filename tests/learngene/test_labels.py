@@ -15,7 +15,7 @@ from heirloom.common.data.labelled import read_labels, write_labels
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parts import Opened
 from heirloom.common.vit.model import VitConfig
 from learngene import train
@@ -175,7 +175,7 @@ def test_labels_are_numbered_as_the_teachers_logits(folder_of, one_device, tmp_p
     data = SourceConfig(str(tmp_path / "train"), text="")
     cfg = Config(student=replace(CFG, classes=3), data=data, held_out=replace(data, path=str(tmp_path / "test")))
     cfg = replace(cfg, crop=1.0, teacher=str(teacher), storage="device", pipeline=PipelineConfig(batch=3))
-    opened = Opened(mesh=start(MeshConfig()), donor=None, teacher=open_donor(teacher, [FAMILY]))
+    opened = Opened(mesh=start(), donor=None, teacher=open_donor(teacher, [FAMILY]))
     batch = next(iter(train.batches(cfg, opened)))
     seen = {names[label]: colours[names[label]] for label in np.asarray(batch["label"])}
     for picture, label in zip(np.asarray(batch["image"]), np.asarray(batch["label"]), strict=True):
@@ -199,7 +199,7 @@ def test_labels_are_numbered_as_the_logits_of_an_inherited_head(folder_of, one_d
     write_labels(donor, names)
     write_labels(teacher, ("green", "blue", "red"))
     cfg = Config(student=size, data=SourceConfig(str(tmp_path / "train"), text=""), head="inherit")
-    opened = Opened(mesh=start(MeshConfig()), donor=open_donor(donor, [FAMILY]), teacher=None)
+    opened = Opened(mesh=start(), donor=open_donor(donor, [FAMILY]), teacher=None)
     numbers = lambda cfg: list(train.labelled(cfg, opened, cfg.data).numbers.values())  # of blue, green, red  # noqa: E731
     assert numbers(cfg) == [1, 2, 0]
     train.sidecars(cfg, opened, tmp_path)

@@ -385,7 +385,7 @@ def test_a_genes_loss_and_tied_gradients_are_the_same_on_a_mesh(gene_config, dat
 
 def test_views_are_told_apart_and_share_a_label(gene_config, data):
     cfg = replace(gene_config, storage="stream", augment=AugmentConfig(crop="resized", views=2), teacher="")
-    batch = next(train.batches(cfg, Opened(mesh=start(MeshConfig()), donor=None, teacher=None)))
+    batch = next(train.batches(cfg, Opened(mesh=start(), donor=None, teacher=None)))
     assert batch["image"].shape == (16, 2, 8, 8, 3) and batch["image"].dtype == np.uint8
     assert (np.asarray(batch["image"])[:, 0] != np.asarray(batch["image"])[:, 1]).any()
     student = functional(Vit, cfg.student)

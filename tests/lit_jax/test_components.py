@@ -13,7 +13,7 @@ from heirloom.common.checkpoint.hub import absolute
 from heirloom.common.checkpoint.pipeline import convert_pipeline, is_pipeline, main_part, parts_of, plain_weights
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from lit_jax import text_to_image
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.components import (
@@ -361,5 +361,5 @@ def test_a_pipelines_own_autoencoder_is_not_doubted(tmp_path, monkeypatch, remar
         autoencoder = SimpleNamespace(cfg=AutoencoderConfig(scaling_factor=scale))
         monkeypatch.setattr(text_to_image, "open_donor", lambda *args, vae=autoencoder: vae)
         donor = foreign(root / "transformer", PixArtConfig())
-        text_to_image.open_text_to_image(donor, Components(root, root, root / "vae"), start(MeshConfig()))
+        text_to_image.open_text_to_image(donor, Components(root, root, root / "vae"), start())
         assert any("trained on latents with 0.5: name" in said for said in remarks()) == doubted

@@ -15,7 +15,7 @@ from heirloom.common.checkpoint.weights import create_safetensors, open_safetens
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.layout import Tensor
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from lit_jax import dit
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.components import other_scale, pipeline_of
@@ -77,7 +77,7 @@ def test_what_was_converted_is_foreign_still_and_keeps_its_pipeline(golden, tmp_
     donor = open_donor(ours, [FAMILY])
     assert pipeline_of(donor) == root and first_format(donor) == "diffusers"
     assert "cache has latents with scaling_factor 0.5, and published models" in other_scale(donor, 0.5, "cache")
-    pixels, mesh = replace(donor, cfg=replace(donor.cfg, channels=3)), start(MeshConfig())
+    pixels, mesh = replace(donor, cfg=replace(donor.cfg, channels=3)), start()
     remarks()
     assert pictures_of(pixels, "", mesh) is not None and "its 3 channels are taken for pixels" in remarks()[0]
     record = read_json(ours / "provenance.json")

@@ -9,7 +9,7 @@ from PIL import Image
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parts import Opened
 from lit_jax import train, train_autoencoder
 from lit_jax.autoencoder import AutoencoderConfig
@@ -29,7 +29,7 @@ def broken(tmp_path):
 
 def test_a_transformer_trains_on_the_others(broken):
     cfg = train.Config(student=DitConfig(size=8, channels=3, classes=2), data=broken, pipeline=PipelineConfig(batch=16))
-    opened = Opened(mesh=start(MeshConfig()), donor=None, teacher=None)
+    opened = Opened(mesh=start(), donor=None, teacher=None)
     data = train.batches(cfg, opened)
     batch = next(data)
     shown = np.rint((np.asarray(batch["image"])[:, 0, 0, 0] + 1) * 127.5)

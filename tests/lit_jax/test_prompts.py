@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from lit_jax.aspect import nearest_size, parse_size, trained_sizes
 from lit_jax.denoiser import PromptConfig
 from lit_jax.pixart import PixArtConfig
@@ -51,7 +51,7 @@ def test_sizes_are_read_as_height_and_width():
 
 def test_what_a_picture_is_drawn_from_is_checked():
     donor, autoencoder = SimpleNamespace(cfg=PixArtConfig(size=64)), SimpleNamespace(cfg=SimpleNamespace(factor=8))
-    model = TextToImage(donor, None, start(MeshConfig()), None, autoencoder)
+    model = TextToImage(donor, None, start(), None, autoencoder)
     for how, words in (
         (dict(prompts=5), "prompts are a text or a list of texts"),
         (dict(prompts=["a", None]), "prompts are a text or a list of texts"),
@@ -91,7 +91,7 @@ def test_prompts_with_more_than_their_text_are_refused(tmp_path, text):
 def test_trained_sizes_are_known_for_autoencoders_that_shrink_eight_times(remarks, factor, drawn):
     """Those of PixArt: nothing is known of a model with latents of another factor."""
     donor, autoencoder = SimpleNamespace(cfg=PixArtConfig(size=64)), SimpleNamespace(cfg=SimpleNamespace(factor=factor))
-    model = TextToImage(donor, None, start(MeshConfig()), None, autoencoder)
+    model = TextToImage(donor, None, start(), None, autoencoder)
     assert model.fitting((512, 768), exact=False) == drawn
     assert any("was trained on" in said for said in remarks()) == (factor == 8)
     assert model.fitting((512, 768), exact=True) == (512, 768)

@@ -16,7 +16,7 @@ from heirloom.common.data.grid import grid, save_grid
 from heirloom.common.diffusion import Prediction
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from lit_jax import sample
 from lit_jax.decode import PictureDecoder, open_pictures, to_uint8
 from lit_jax.denoiser import PromptConfig
@@ -27,7 +27,7 @@ from lit_jax.sample import SampleConfig, check_whole, drawer, guide, picture_key
 
 @pytest.fixture(scope="module")
 def mesh():
-    return start(MeshConfig())
+    return start()
 
 
 @pytest.fixture(scope="module")

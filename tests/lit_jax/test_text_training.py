@@ -19,7 +19,7 @@ from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.step import StepConfig
 from lit_jax.aspect import bucket_sizes
 from lit_jax.autoencoder import Autoencoder, AutoencoderConfig
@@ -314,11 +314,11 @@ def test_the_held_out_error_is_that_of_the_noise(cache):
             said = text.mean((1, 2))[:, None, None, None]
             return jnp.broadcast_to(said, (*noisy.shape[:-1], 2 * noisy.shape[-1]))
 
-    found = held_out_error(Silent(), cache, start(MeshConfig()))({})
+    found = held_out_error(Silent(), cache, start())({})
     assert found.n == 30
     assert abs(found.metrics["mse"] - 1) < 0.05  # of unit noise
     assert found.metrics["mse_swapped"] == found.metrics["mse"]  # it does not read
-    read = held_out_error(Reading(), cache, start(MeshConfig()))({}).metrics
+    read = held_out_error(Reading(), cache, start())({}).metrics
     assert abs(read["mse_swapped"] / read["mse"] - 1) > 1e-6
 
 
@@ -395,3 +395,10 @@ def test_a_damaged_cache_is_refused(cache, tmp_path, name, keep):
 def test_shares_are_checked(field, value):
     with pytest.raises(InputError, match=f"{field} is"):
         Config(**{field: value})
+
+
+def test_a_kernel_of_another_device_is_refused_before_pictures_are_encoded(recipe, tmp_path):
+    cfg = replace(recipe, student=replace(LIT, implementation="mosaic_gpu"))
+    with pytest.raises(InputError, match="mosaic_gpu is a kernel for gpu, this is cpu: set it to xla"):
+        cfg.train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -19,7 +19,7 @@ from heirloom.common.cli import main
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
 from heirloom.common.train.loop import Run
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from lit_jax import autoencoder_layouts, progress, train
 from lit_jax.decode import PictureDecoder, pictures_of
 from lit_jax.dit import DitConfig
@@ -194,14 +194,14 @@ def test_a_run_on_latents_remembers_their_autoencoder(one_device, cache, tmp_pat
 
 
 def test_three_channels_of_a_foreign_file_are_a_guess_that_is_said(distilled, remarks):
-    donor, mesh = open_donor(distilled / "model", [FAMILY]), start(MeshConfig())
+    donor, mesh = open_donor(distilled / "model", [FAMILY]), start()
     assert pictures_of(donor, "", mesh) is not None and remarks() == []
     assert pictures_of(replace(donor, format="diffusers"), "", mesh) is not None
     assert "its 3 channels are taken for pixels" in remarks()[0]
 
 
 def test_an_autoencoder_of_another_scale_than_a_foreign_models_is_said(tmp_path, remarks):
-    donor, mesh = open_donor(GOLDEN, [FAMILY]), start(MeshConfig())
+    donor, mesh = open_donor(GOLDEN, [FAMILY]), start()
     assert pictures_of(donor, str(AUTOENCODER), mesh) is not None
     assert not any("scaling_factor" in said for said in remarks())
     assert pictures_of(donor, other_factor(tmp_path), mesh) is not None

@@ -17,7 +17,7 @@ from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parts import Opened
 from lit_jax import train
 from lit_jax.autoencoder import AutoencoderConfig
@@ -97,7 +97,7 @@ def test_classes_are_numbered_as_the_donors(pictures, tmp_path, remarks, names):
     index = {"_class_name": "DiTPipeline"} | ({"id2label": dict(enumerate(names))} if names else {})
     (root / "model_index.json").write_text(json.dumps(index))
     cfg = train.Config(student=donor.cfg, data=pictures, held_out=pictures, pipeline=PipelineConfig(batch=8))
-    batch = next(train.batches(cfg, Opened(mesh=start(MeshConfig()), donor=donor, teacher=None)))
+    batch = next(train.batches(cfg, Opened(mesh=start(), donor=donor, teacher=None)))
     white = np.asarray(batch["image"])[:, 0, 0, 0] > 0
     np.testing.assert_array_equal(white, np.asarray(batch["label"]) == (0 if names else 1))
     assert any("in alphabetical order, which is taken for the donor's" in said for said in remarks()) == (names is None)
@@ -124,7 +124,7 @@ def test_labels_of_latents_are_matched_by_name(tmp_path, remarks):
     data = cached(tmp_path / "train", ("bee", "cat", "dog"), [0, 0, 1, 1, 2, 2, 2, 2])
     held_out = cached(tmp_path / "val", ("cat", "dog"), [0, 1])
     cfg = train.Config(student=donor.cfg, data=data, held_out=held_out, pipeline=PipelineConfig(batch=8))
-    opened = Opened(mesh=start(MeshConfig()), donor=donor, teacher=None, inputs=data_origin(data, held_out))
+    opened = Opened(mesh=start(), donor=donor, teacher=None, inputs=data_origin(data, held_out))
     batch = next(train.batches(cfg, opened))
     stored = np.asarray(batch["moments"])[:, 0, 0, 0, 0].astype(int)
     np.testing.assert_array_equal(np.array([1, 2, 0])[stored], batch["label"])
@@ -146,17 +146,17 @@ def test_pictures_of_a_latent_model_are_to_be_cached(pictures):
     student = DitConfig(size=8, channels=3, width=16, layers=1, heads=2, hidden=16, classes=2)
     cfg = train.Config(student=student, data=pictures, autoencoder="kl-f4", pipeline=PipelineConfig(batch=8))
     with pytest.raises(InputError, match="these are pictures, and autoencoder is set: cache their latents first"):
-        train.batches(cfg, Opened(mesh=start(MeshConfig()), donor=None, teacher=None))
+        train.batches(cfg, Opened(mesh=start(), donor=None, teacher=None))
     recipe = replace(cfg, data=replace(pictures, image="", text="", columns=("moments", "label")))  # as published ones
     with pytest.raises(InputError, match="pictures is no cache of latents, which this recipe reads: cache the latents"):
-        train.batches(recipe, Opened(mesh=start(MeshConfig()), donor=None, teacher=None))
+        train.batches(recipe, Opened(mesh=start(), donor=None, teacher=None))
     with pytest.raises(InputError, match="pictures is no cache of latents"):
-        held_out_loss(replace(cfg, held_out=recipe.data), functional(Dit, student), start(MeshConfig()))
+        held_out_loss(replace(cfg, held_out=recipe.data), functional(Dit, student), start())
 
 
 def test_held_out_data_of_another_shape_is_refused_at_the_start(pictures):
     student = DitConfig(size=8, channels=4, width=16, layers=1, heads=2, hidden=16, classes=2)
-    cfg, mesh = train.Config(student=student, held_out=pictures), start(MeshConfig())
+    cfg, mesh = train.Config(student=student, held_out=pictures), start()
     with pytest.raises(InputError, match=r"the held-out data is \[8, 8, 3\], the student takes \[8, 8, 4\]"):
         held_out_loss(cfg, functional(Dit, student), mesh)
     student = replace(student, channels=3)

@@ -24,7 +24,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.evaluate.imagenet import CLASSES, TEMPLATES, is_class_list
 from heirloom.common.evaluate.probe import probe
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax import suite
 from tinyclip_jax.evaluate import Words, setup_of
@@ -152,7 +152,7 @@ def test_published_numbers_are_of_a_named_model_and_whole_sets(model, data, monk
 
 def test_classes_of_numbered_folders_are_in_numerical_meaning(model, data):
     """Sorted as text, "10" comes before "2": label 1 is then class 10."""
-    setup = setup_of(open_donor(model, [family()]), start(MeshConfig()))
+    setup = setup_of(open_donor(model, [family()]), start())
     seen = []
     original = setup.tokenizer
 
@@ -184,7 +184,7 @@ def test_objectnet_is_over_the_classes_imagenet_has(model, tmp_path):
         json.dumps({"Chair": "folding chair", "Spoon": "wooden spoon"})
     )
     donor = open_donor(model, [family()])
-    setup = setup_of(donor, start(MeshConfig()))
+    setup = setup_of(donor, start())
     scored = suite.SUITE["objectnet"](setup, load_params(donor, setup.mesh), root)
     assert scored.n == 2
     framed = np.full((12, 10, 3), (255, 0, 0), np.uint8)
@@ -262,7 +262,7 @@ def test_a_folder_that_is_no_suite_is_refused(model, data, tmp_path):
 def test_data_sets_in_other_forms_score_the_same(model, data, tmp_path):
     """flickr30k as one table, imagenet-a as CLIP_benchmark's shards, cifar10 as parquet with splits in file names."""
     donor = open_donor(model, [family()])
-    setup = setup_of(donor, start(MeshConfig()))
+    setup = setup_of(donor, start())
     params = load_params(donor, setup.mesh)
 
     def scored(name, folder):

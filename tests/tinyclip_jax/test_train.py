@@ -27,7 +27,7 @@ from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.train import recipe
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.parameters import best
 from heirloom.common.train.state import create_state
@@ -244,7 +244,7 @@ def test_a_live_teacher_and_its_embeddings_teach_the_same(emoji, inherited):
 @pytest.fixture(scope="module")
 def tiny_step(cfg, model, draw, one_device):
     """One step of the trainer's own wiring on a tiny CLIP: parameters before, batch, state after, metrics."""
-    mesh, loss = start(MeshConfig()), LossConfig(alpha=0.3, teacher_scale=20.0)
+    mesh, loss = start(), LossConfig(alpha=0.3, teacher_scale=20.0)
     cfg = Config(
         student=cfg, teacher=EMBEDDINGS, loss=loss, step=StepConfig(ema=0.75), optim=OptimConfig(warmup=0, lr=1e-2)
     )

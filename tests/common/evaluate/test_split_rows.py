@@ -76,7 +76,7 @@ def test_accuracy_on_eight_devices_is_that_of_one_for_an_eighth_of_the_work(draw
 def test_a_held_out_loss_is_an_eighth_of_the_work(draw):
     student, rng = functional(Dit, DIT), np.random.default_rng(0)
     noisy, noise = (rng.standard_normal((16, 8, 8, 3)).astype(np.float32) for _ in range(2))
-    rows = noisy, np.arange(16, dtype=np.int32), np.arange(16, dtype=np.int32) % 5, noise
+    rows = noisy, np.arange(16, dtype=np.int32), noise, np.arange(16, dtype=np.int32) % 5
     found, work = [], []
     for mesh in (ONE, EIGHT):
         errors, params = noise_errors(student, mesh), placed(student.spec, draw, mesh)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from heirloom.common import config
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.precision import add, convolve, lookup, product, widened
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.step import cast
 from weightgen.generator.conditions import MlpSet
 from weightgen.zoo.nets import SmallConv
@@ -105,7 +105,7 @@ def test_float32_is_left_to_jax(way):
 
 def test_devices_add_what_they_have_not_rounded():
     """Seven parts of 256.96 and one of 274: 2072.7, in bfloat16 2080; rounded first 2066, in bfloat16 2064."""
-    mesh = start(MeshConfig())
+    mesh = start()
     rows = NamedSharding(mesh, PartitionSpec("data"))
     x = np.ones((16, 1), np.float32)
     x[0::2, 0], x[1::2, 0] = 256.0, 0.9609375
@@ -179,7 +179,7 @@ def test_every_gradient_of_a_bfloat16_step_is_reduced_in_float32(recipe, flags, 
     ids=["convolution-of-zoos", "set-of-pictures"],
 )
 def test_a_bfloat16_kernel_of_weightgen_is_reduced_in_float32(make, x, kernel, tmp_path):
-    model, rows = functional(make, None), NamedSharding(start(MeshConfig()), PartitionSpec("data"))
+    model, rows = functional(make, None), NamedSharding(start(), PartitionSpec("data"))
 
     def step(params, x):
         return jax.grad(lambda params: model.apply(cast(params, "bfloat16"), x).astype(jnp.float32).sum())(params)

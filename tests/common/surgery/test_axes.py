@@ -52,9 +52,9 @@ def test_stacking_axes_come_first(text):
 
 
 def test_stacked_puts_an_axis_in_front():
-    assert str(Axes.parse("embed -> hidden").stacked("layer")) == "layer embed -> hidden"
-    assert str(Axes.parse("embed").stacked("layer")) == "layer embed"
-    assert Axes.parse("embed").stacked("layer") == Axes.parse("layer embed")
+    assert str(Axes.parse("embed -> hidden").stacked()) == "layer embed -> hidden"
+    assert str(Axes.parse("embed").stacked()) == "layer embed"
+    assert Axes.parse("embed").stacked() == Axes.parse("layer embed")
 
 
 def test_leaf_knows_its_extents_and_prints_its_sizes(leaf):
