@@ -79,10 +79,7 @@ class SampleConfig:
         if not is_number(self.steps, Integral) or not 1 <= self.steps <= len(chain):
             raise InputError(f"--steps {self.steps} with {self.sampler}: choose between 1 and {len(chain)}")
         if self.steps == 1 and self.sampler == "ddpm":
-            raise InputError(
-                "--steps 1 with ddpm: its only step is the last, which would return noise; use 2 steps, or"
-                " --sampler dpm"
-            )
+            raise InputError("--steps 1 with ddpm returns noise: use 2 steps or more, or --sampler dpm")
         try:
             if self.sampler == "dpm":
                 return self._dpm(chain)

@@ -256,10 +256,11 @@ def batches(cfg: Config, opened: Opened, data: TextCache) -> Data:
             remark(other_scale(model, origin.cfg.scaling_factor, str(data.folder)))
         known = read_empty_text(model.folder) if model else None
         if model and known is not None and not same_encoder(known, data.encoding.null.seen):
-            text = f"{data.folder} has captions of {data.about['text_encoder']}, {model.path} read another text encoder"
+            encoded = f"{data.folder} was encoded with {data.about['text_encoder']}"
+            text = f"{encoded}; {model.path} was trained with another text encoder"
             if model is opened.teacher:
-                raise InputError(f"{text}: its answers to these captions mean nothing; cache with its text encoder")
-            remark(f"{text}: its attention to the text must be learned anew")
+                raise InputError(f"{text}: make the cache with that one")
+            remark(f"{text}, so its attention to the text must be learned again")
     example = TextExample(cfg.student.text_tokens, mix)
     return training_batches(data, cfg.pipeline, example, mesh=opened.mesh, groups=data.groups)
 

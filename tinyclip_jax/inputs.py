@@ -53,8 +53,8 @@ def tokenizer_of(donor: Donor) -> CaptionTokenizer | None:
     if (found := own_tokenizer(donor)) is not None:
         return found
     if donor.format != "heirloom" and donor.cfg.text.pool != "eot":
-        pools = f"its text tower pools the {donor.cfg.text.pool} position, padding included"
-        remark(f"tokenizer: that of {donor.folder} is not read: {pools}, and no file says how captions are padded")
+        depends = f"this text tower, which pools the {donor.cfg.text.pool} position, depends on it"
+        remark(f"tokenizer: that of {donor.folder} is ignored: no file says how captions are padded, and {depends}")
         return None
     if any((donor.folder / name).is_file() for name in _FOREIGN):
         return None
@@ -104,7 +104,8 @@ def sidecars(donor: Donor, destination: Path, format: str) -> None:
         write_json(destination / "tokenizer_config.json", about)
         _name_in_open_clip(destination / "open_clip_config.json")
     elif format == "open_clip" and not same_ids(tokenizer, Tokenizer.clip()):
-        remark("this model has another tokenizer than CLIP's, which open_clip takes for this folder: give it the ids")
+        other = "open_clip will load CLIP's tokenizer for this folder, but the model uses another one"
+        remark(f"{other}: tokenize captions yourself and pass the ids")
 
 
 def _for_transformers(tokenizer: CaptionTokenizer, context: int) -> dict[str, Any]:

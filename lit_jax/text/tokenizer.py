@@ -116,8 +116,9 @@ def _build(pieces: Pieces, charsmap: bytes, added: Mapping[int, AddedToken]) -> 
     unigram.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
     for i, token in sorted(added.items()):
         if i > unigram.get_vocab_size() or (i < len(pieces) and pieces[i][0] != token.content):
-            there = repr(pieces[i][0]) if i < len(pieces) else "nothing"
-            raise InputError(f"the added token {token.content!r} has id {i}, where the vocabulary has {there}")
+            size = unigram.get_vocab_size()
+            other = f"already taken by {pieces[i][0]!r}" if i < len(pieces) else f"but the next free id is {size}"
+            raise InputError(f"the added token {token.content!r} has id {i}, {other}")
         unigram.add_special_tokens([token]) if token.special else unigram.add_tokens([token])
     return unigram
 

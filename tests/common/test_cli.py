@@ -71,10 +71,10 @@ def test_a_method_without_a_verb_and_models_of_several_families(capsys, tmp_path
     monkeypatch.setattr(methods, "methods", lambda: {"mute": mute, "tinyclip": here["tinyclip"]})
     assert main(["demo", "mute", "--out", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "heirloom: mute has no demo; no installed method has" and lines[1].startswith(
-        "heirloom: mute has no evaluate"
+    assert lines[0] == "heirloom: 'demo' is not available for mute (for no installed method)" and lines[1].startswith(
+        "heirloom: 'evaluate' is not available for mute"
     )
-    assert lines[2] == "heirloom: mute has no demo; tinyclip has"
+    assert lines[2] == "heirloom: 'demo' is not available for mute (only for tinyclip)"
 
 
 def test_help_comes_before_anything_heavy_is_imported():
