@@ -96,6 +96,16 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ClassConfig(SampleConfig):
+    """Settings of the sampler of models of classes; the defaults give pictures to look at."""
+
+    guidance: float = 4.0
+    """Classifier-free guidance scale: 1 is none, and the default of a model without an unconditional class."""
+    guided: Guided = "all"
+    """Channels of the noise that are guided; DiT's published numbers guide three of four latent channels."""
+
+
+@dataclass(frozen=True)
 class Draw:
     """The compiled sampler: `draw(params, labels, key)` returns pixels or scaled latents.
 

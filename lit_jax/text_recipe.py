@@ -74,7 +74,7 @@ class Config(BaseConfig):
     text_drop: float = 0.1
     """Share of the examples whose text is dropped, for classifier-free guidance."""
     null: Null = "prompt mask"
-    """What a dropped text leaves: the empty text at as many tokens as the prompt had (PixArt), or its own tokens."""
+    """Mask of a dropped text, which becomes the empty text: the prompt's (PixArt), or that of the empty text itself."""
     data: SourceConfig = field(default_factory=SourceConfig)
     """Pictures with captions: the column data.text and the data.columns; or a cache (`heirloom cache RECIPE DIR`)."""
     mix: tuple[float, ...] = ()

@@ -104,6 +104,17 @@ def test_help_describes_every_argument_and_fits(verb, capsys, monkeypatch):
     assert re.search(rf"^    {verb.name} +{re.escape(verb.help)}$", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_the_help_of_sample_has_the_defaults_that_a_model_of_classes_gets(capsys):
+    from lit_jax.generate import default_sampling
+    from lit_jax.zoo import dit
+
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    of_classes = capsys.readouterr().out.split("--guidance FLOAT")[1]
+    used = default_sampling(dit("s"))
+    assert re.findall(r"\(default:\s+([^)]+)\)", of_classes)[:2] == [str(used.guidance), used.guided]
+
+
 def test_the_fields_of_a_recipe_are_listed_with_defaults(capsys):
     for command in (["train", "tinyclip/smoke", "--help"], ["train", "--run", "x", "tinyclip/smoke", "-h"]):
         with pytest.raises(SystemExit) as ended:

@@ -21,6 +21,7 @@ MEANS = {
     "Preprocess": {"mean"},
     "SampleConfig": {"guidance", "steps"},
     "PromptConfig": {"guidance", "steps"},
+    "ClassConfig": {"guidance", "steps"},
     "Config": {"layers", "stage"},
     "TeacherConfig": {"layers"},
     "PixArtConfig": {"heads", "cross_heads", "interpolation"},
