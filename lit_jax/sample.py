@@ -49,7 +49,7 @@ def check_guidance(guidance: float) -> None:
     if guidance < 0:
         raise InputError(f"guidance is {guidance:g}, which draws away from the class or prompt: give 1 (none) or more")
     if guidance < 1:
-        remark(f"guidance is {guidance:g}: 0 draws without the class or prompt, 1 is no guidance, and more follows it")
+        remark(f"guidance is {guidance:g}: 0 ignores the class or prompt, 1 is no guidance, above 1 it counts more")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class ClassConfig(SampleConfig):
-    """Settings of the sampler of models of classes; the defaults give pictures to look at."""
+    """Settings of the sampler of models of classes, for pictures to look at."""
 
     guidance: float = 4.0
     """Classifier-free guidance scale: 1 is none, and the default of a model without an unconditional class."""

@@ -177,7 +177,7 @@ class TextToImage(Shown):
                 f" {' x '.join(map(str, self._rounded(size)))}"
             )
         if self._trained() and tuple(size) not in self._trained():
-            remark(f"{size[0]} x {size[1]} pixels are no size that this model was trained on")
+            remark(f"this model was not trained on pictures of {size[0]} x {size[1]} pixels")
         return size
 
     def _trained(self) -> list[tuple[int, int]]:

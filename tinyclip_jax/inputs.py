@@ -183,12 +183,12 @@ def _check_teacher(teacher: Donor, tokenizer: CaptionTokenizer, pre: Preprocess)
     own, theirs = own_tokenizer(teacher), preprocess_of(teacher)
     store = "store its embeddings with heirloom cache RECIPE DIR, and train with --teacher cache:DIR"
     if own is not None and not same_ids(own, tokenizer):
-        raise InputError(f"the teacher {teacher.path} has another tokenizer than the student: {store}")
+        raise InputError(f"the teacher {teacher.path} has a different tokenizer from the student's: {store}")
     if own is None:
         check_tokenizer(tokenizer, teacher.cfg.text, str(teacher.path))
-        remark(f"the teacher {teacher.path} has no tokenizer that is read: it gets the student's tokens")
+        remark(f"the teacher {teacher.path} has no tokenizer that heirloom can use; the student's is used")
     if not theirs.origin:
-        remark(f"the teacher {teacher.path} does not say how it normalises pictures: it gets the student's")
+        remark(f"the teacher {teacher.path} does not say how it normalises pictures; the student's way is used")
     elif not np.allclose((theirs.pre.mean, theirs.pre.std), (pre.mean, pre.std), atol=1e-2):
         statistics = f"(mean {theirs.pre.mean}, the student's {pre.mean})"
         raise InputError(f"the teacher {teacher.path} normalises pictures otherwise {statistics}: {store}")

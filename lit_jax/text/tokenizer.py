@@ -172,7 +172,7 @@ def _read_spiece(folder: Path, about: Mapping[str, Any]) -> tuple[Pieces, bytes,
         raise InputError(f"{folder} has no tokenizer: it needs a {WHOLE} or a {PIECES}")
     found = read_sentencepiece(file)
     if BYTE in found.kinds:
-        raise InputError(f"{file}: has a piece for every byte, which T5's has not")
+        raise InputError(f"{file}: has byte pieces, which T5's tokenizer does not have")
     pieces = found.pieces + [(f"<extra_id_{i}>", 0.0) for i in reversed(range(about["extra_ids"]))]
     added = {
         i: AddedToken(found.pieces[i][0], normalized=False, special=kind == CONTROL)

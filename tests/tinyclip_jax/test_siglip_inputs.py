@@ -93,7 +93,7 @@ def test_it_is_evaluated(folder, one_device, tmp_path, capsys):
 
 
 def test_a_clip_learns_from_its_stored_embeddings(recipe, folder, tmp_path, remarks):
-    with pytest.raises(InputError, match=r"another tokenizer than the student: store its embeddings with heirloom"):
+    with pytest.raises(InputError, match=r"a different tokenizer from the student's: store its embeddings"):
         read_inputs(recipe, None, open_clip_model(str(folder)))
     recipe.cache(tmp_path / "cache")
     theirs = tinyclip_jax.load(folder)
