@@ -27,9 +27,13 @@ VERBS = (
         "show what a method does, with data included here",
         (
             argument("method", nargs="?", default="tinyclip", help="default: tinyclip; the demo names the others"),
-            argument("--seed", type=seed, default=0, help="of the random numbers (default: 0)"),
+            argument("--seed", type=seed, default=0, help="random seed (default: 0)"),
             argument(
-                "--out", type=new_path, default=Path("heirloom-demo"), metavar="DIR", help="where the picture goes"
+                "--out",
+                type=new_path,
+                default=Path("heirloom-demo"),
+                metavar="DIR",
+                help="where the picture goes (default: heirloom-demo)",
             ),
         ),
         json=True,
@@ -183,14 +187,19 @@ VERBS = (
                 metavar="N",
                 help="classes to draw (default: the first eight)",
             ),
-            argument("--prompt", metavar="TEXT", help="what to draw; empty: anything"),
+            argument("--prompt", metavar="TEXT", help="what to draw; empty: unconditional"),
             argument("--prompts", type=path, metavar="FILE", help="one prompt a line, or the file of --layout"),
             argument("--negative", default="", metavar="TEXT", help="what not to draw"),
             argument("--size", metavar="HEIGHTxWIDTH", help="pixels; becomes the nearest size of training"),
             argument("--exact", action="store_true", help="keep --size as it is"),
             argument("--count", "-n", type=int, metavar="N", help="pictures of each class (4) or prompt (1)"),
             argument("--batch", type=int, metavar="N", help="pictures drawn at a time (classes: 64, a prompt: 4)"),
-            argument("--out", type=new_path, metavar="FILE|DIR", help="a PNG of classes, a folder for prompts"),
+            argument(
+                "--out",
+                type=new_path,
+                metavar="FILE|DIR",
+                help="PNG of classes (samples.png) or folder for prompts (samples)",
+            ),
             argument("--layout", default="plain", metavar="NAME", help="of the folder: plain, geneval, dpg"),
             argument("--autoencoder", default="", metavar="SOURCE", help="the decoder of a latent model", buckets=True),
             argument(
@@ -215,13 +224,13 @@ VERBS = (
             ),
             argument("--cache", type=path, metavar="DIR", help="keep encoded prompts here"),
             argument("--dtype", choices=("float32", "bfloat16"), help="of the transformer (CPUs: float32)"),
-            argument("--seed", type=seed, default=0, help="of the random numbers (default: 0)"),
+            argument("--seed", type=seed, default=0, help="random seed (default: 0)"),
             argument("--offline", action="store_true", help="never download anything"),
             argument("--force", action="store_true", help="draw again what is in --out"),
         ),
         flags=True,
         more=SETTINGS.format("--steps 50 or --guidance 4"),
-        settings=("lit_jax.sample.SampleConfig", "lit_jax.denoiser.PromptConfig"),
+        settings=("lit_jax.sample.ClassConfig", "lit_jax.denoiser.PromptConfig"),
         json=True,
     ),
     Verb(
@@ -281,9 +290,9 @@ VERBS = (
                 type=new_path,
                 default=Path("generated"),
                 metavar="DIR",
-                help="where the weights folders and report.json go",
+                help="for weights folders and report.json (default: generated)",
             ),
-            argument("--seed", type=seed, default=0, help="of the random numbers (default: 0)"),
+            argument("--seed", type=seed, default=0, help="random seed (default: 0)"),
             argument("--force", action="store_true", help="replace what DIR contains"),
         ),
         flags=True,
@@ -307,9 +316,19 @@ VERBS = (
         "search for better weights of a language model",
         (
             argument("what", metavar="PATH", help="hf:org/name or a folder of transformers, with its tokenizer"),
-            argument("--select", type=path, required=True, metavar="TASK", help="questions that select, a JSON a line"),
-            argument("--test", type=path, required=True, metavar="TASK", help="questions that say what it is worth"),
-            argument("--out", type=new_path, default=Path("explored"), metavar="DIR", help="the new folder"),
+            argument(
+                "--select", type=path, required=True, metavar="TASK", help="questions for selection, a JSON a line"
+            ),
+            argument(
+                "--test", type=path, required=True, metavar="TASK", help="held-out questions for the final score"
+            ),
+            argument(
+                "--out",
+                type=new_path,
+                default=Path("explored"),
+                metavar="DIR",
+                help="the new folder (default: explored)",
+            ),
             argument("--force", action="store_true", help="replace DIR"),
         ),
         flags=True,

@@ -111,7 +111,7 @@ def refuse_idle(cfg: Any, given: Mapping[str, str], *, inner: bool = True) -> No
     idle = dict(_idle(cfg, inner))
     for path, written in given.items():
         if field := next((field for field in idle if path == field or path.startswith(f"{field}.")), None):
-            raise InputError(f"{written} does nothing in this recipe, {idle[field]}")
+            raise InputError(f"{written} has no effect in this recipe: {idle[field]}")
 
 
 def _idle(cfg: Any, inner: bool, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -37,7 +37,8 @@ def ability(method: str, verb: str) -> Any:
     if method not in found:
         raise InputError(f"no method {method!r}{nearest(method, found)} (installed: {', '.join(found)})")
     if verb not in found[method]:
-        raise InputError(f"{method} has no {verb}; {', '.join(able(verb)) or 'no installed method'} has")
+        only = f"only for {', '.join(able(verb))}" if able(verb) else "for no installed method"
+        raise InputError(f"{verb!r} is not available for {method} ({only})")
     module, _, name = found[method][verb].partition(":")
     return getattr(import_module(module), name)
 

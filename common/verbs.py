@@ -65,7 +65,8 @@ def _convert_pipeline(args: argparse.Namespace) -> None:
     from heirloom.common.checkpoint.pipeline import convert_pipeline
 
     if args.set:
-        raise InputError(f"--set {args.set[0]}: a pipeline folder says it all; convert one of its sub-folders instead")
+        instead = f"convert one of its sub-folders with --set {args.set[0]}"
+        raise InputError(f"--set does not apply to a whole pipeline: {instead}")
     checks = convert_pipeline(
         locate_any(args.source),
         args.destination,

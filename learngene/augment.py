@@ -55,7 +55,7 @@ class AugmentConfig:
         """Fields that have no effect, and why."""
         crops = {"scale": "resized", "shift": "shift"}
         others = {name: crop for name, crop in crops.items() if crop != self.crop}
-        return {name: f"whose crop is {self.crop}: set augment.crop to {crop}" for name, crop in others.items()}
+        return {name: f"augment.crop is {self.crop}; set it to {crop}" for name, crop in others.items()}
 
     @property
     def changes(self) -> bool:

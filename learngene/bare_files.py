@@ -107,7 +107,7 @@ def timm_names(cfg: VitConfig, tensors: Tensors) -> Tensors:
 
 def write_deit(cfg: VitConfig, folder: Path) -> None:
     ordinary(cfg, "DeiT")
-    plain(cfg, "a bare file")
+    plain(cfg, "a file without a config")
     if cfg.activation != "gelu":
         raise InputError(f"DeiT's files have exact GELU, this model {cfg.activation}; write --to timm or --to heirloom")
     _published_heads(cfg, cfg.heads == HEADS.get(cfg.width))
@@ -117,13 +117,13 @@ def write_deit(cfg: VitConfig, folder: Path) -> None:
     if (cfg.tokens, cfg.pool) == ("cls", "norm_mean") or (cfg.tokens == "cls+dist" and cfg.pool != "cls+dist"):
         # timm's distilled ViT has two heads.
         instead = "write --to timm" if cfg.tokens == "cls" else "keep the heirloom format"
-        raise InputError(f"a bare file cannot tell that tokens {cfg.tokens!r} are pooled as {cfg.pool!r}; {instead}")
+        raise InputError(f"a file without a config cannot store pool {cfg.pool!r} of tokens {cfg.tokens!r}; {instead}")
 
 
 def _published_heads(cfg: VitConfig, known: bool) -> None:
     if not known:
         heads = f"{cfg.heads} heads at a width of {cfg.width}"
-        raise InputError(f"a bare file cannot tell {heads}; write --to timm, or keep the heirloom format")
+        raise InputError(f"a file without a config cannot store {heads}; write --to timm, or keep the heirloom format")
 
 
 def ordinary(cfg: VitConfig, format: str) -> None:
@@ -189,8 +189,8 @@ def write_tleg(cfg: VitConfig, folder: Path) -> None:
 
 def _gene(cfg: VitConfig, kind: str, released: bool) -> None:
     if cfg.gene != kind:
-        raise InputError(f"this is no gene of {kind}, and its file can hold nothing else")
+        raise InputError(f"--to {kind} needs a gene of {kind.upper()}, which this model is not")
     plain(cfg, f"a file of {kind}")
     if not released or cfg.eps != _SWS_EPS or cfg.activation != "gelu":
         other = f"layout {cfg.layout} and eps {cfg.eps:g}"
-        raise InputError(f"a file of {kind} cannot tell {other}: it holds released ones; keep the heirloom format")
+        raise InputError(f"a file without a config cannot store {other}, only released ones; keep the heirloom format")

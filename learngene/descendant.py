@@ -56,7 +56,8 @@ def descendant(
     if gene.gene == "none" and (depth != gene.layers or layers):
         recipe = f"learngene/vit_{next((name for name, width in WIDTHS.items() if width == gene.width), 's')}"
         how = f"heirloom inherit {recipe} DEST --method stack --donor SOURCE --student.layers {depth}"
-        raise InputError(f"an ordinary ViT of {gene.layers} layers, which is no gene, keeps its depth here: {how}")
+        ordinary = f"this is an ordinary ViT of {gene.layers} layers"
+        raise InputError(f"expand changes the depth of genes only, and {ordinary}: {how}")
     if classes and gene.joint:
         remark(f"the new classifier reads the pooled features; their projection to {gene.joint} is left out")
         gene = replace(gene, joint=0)

@@ -57,7 +57,7 @@ def resized(donor: VitConfig, student: VitConfig, layer: AxisMap, head: Head) ->
             may = "only depth, size and classes may differ"
             raise InputError(f"the student's {name} is {sizes}: {may}; set the same {name}, or use the method select")
     if donor.heads != student.heads and (donor.qk_norm or donor.inner_norms):
-        needed = "its norms inside the attention fit its own heads; set the same heads"
+        needed = "heads must be equal, or the norms inside the attention cannot be inherited"
         raise InputError(f"the student's heads is {student.heads}, the donor's {donor.heads}: {needed}")
     heads: Maps = {} if donor.heads == student.heads else {"head head_dim": first(student.width)}
     blocks = ("blocks/**", {"layer": layer, **heads})

@@ -31,12 +31,12 @@ class DistillConfig:
         if not 0 <= self.alpha <= 1:
             raise InputError(f"distill.alpha is {self.alpha}: choose a weight between 0 and 1")
         if self.reduction == "numel" and self.kind == "soft" and self.alpha < 1:
-            what = "would drown the teacher by a factor of the classes"
-            raise InputError(f"distill.reduction 'numel' next to labels {what}: use 'batchmean'")
+            what = "the teacher loss is divided by the number of classes, so the labels outweigh it"
+            raise InputError(f"with distill.reduction 'numel' {what}: use 'batchmean'")
 
     def idle(self) -> dict[str, str]:
         """Fields that have no effect, and why."""
-        return {"temperature": "where kind is hard", "reduction": "where kind is hard"} if self.kind == "hard" else {}
+        return dict.fromkeys(("temperature", "reduction"), "distill.kind is hard") if self.kind == "hard" else {}
 
 
 def cross_entropy(

@@ -137,7 +137,7 @@ def resolve(cfg: Config, student: Model, donor: Donor) -> Resolution:
     reads = [READS.get(one.pool, f"pool {one.pool!r}") for one in (donor.cfg, cfg.student)]
     if reads[0] != reads[1] and any(line.source for line in resolution.lines if line.path == "head/kernel"):
         kept = "set student.tokens and student.pool to the donor's, or head to 'fresh'"
-        remark(f"the head is inherited, which read {reads[0]} in the donor and reads {reads[1]} in the student: {kept}")
+        remark(f"the inherited head read {reads[0]} in the donor, and reads {reads[1]} in the student: {kept}")
     return resolution
 
 

@@ -132,8 +132,8 @@ def check_chain(fields: Fields) -> None:
     kind = fields.text("_class_name", "")
     for name, values in _CHAIN.items():
         if name in _OTHER_DEFAULTS.get(kind, ()) and name not in fields:
-            other = f"the default of {kind} is not {values[0]}, which is the only one that can be read"
-            raise InputError(f"{fields.where}: {name} is missing, and {other}")
+            other = f"{kind}'s default differs from {values[0]}, the only supported value"
+            raise InputError(f"{fields.where}: {name} is missing; {other}")
         fields.fixed(name, *values)
 
 

@@ -105,10 +105,10 @@ def pictures_of(donor: Donor, source: str, mesh: Mesh) -> PictureDecoder | None:
 def no_pictures(donor: Donor) -> InputError:
     """Returns the error for a model whose samples are no pictures without an autoencoder."""
     if donor.cfg.channels < 3 and read_origin(donor.folder) is None:  # MNIST's, say
-        what = f"draws {donor.cfg.channels} channel{'s' if donor.cfg.channels > 1 else ''}, and pictures have 3"
-        return InputError(f"{donor.path} {what}: only latents, with --autoencoder, are made into pictures")
+        what = f"outputs {donor.cfg.channels} channel{'s' if donor.cfg.channels > 1 else ''}, and pictures have 3"
+        return InputError(f"{donor.path} {what}: if these are latents, decode them with --autoencoder SOURCE")
     example = autoencoder_example(donor.cfg.channels, read_origin(donor.folder))
-    return InputError(f"this model draws latents: give --autoencoder{example}")
+    return InputError(f"this model outputs latents: decode them with --autoencoder SOURCE{example}")
 
 
 def autoencoder_example(channels: int, origin: Origin | None) -> str:

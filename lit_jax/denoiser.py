@@ -43,8 +43,8 @@ class PromptConfig(SampleConfig):
     guided_steps: tuple[float, float] = (0.0, 1.0)
     """Guidance only between these shares of the steps (Kynkäänniemi et al. 2024): the other steps cost half."""
     null: Null = "prompt mask"
-    """What a step without the prompt reads: all tokens of the empty text that the prompt's mask leaves (PixArt), or the
-    tokens of the empty text alone (diffusers). A negative prompt is always read with its own mask.
+    """Mask of the unconditional input, which is the empty text: the prompt's mask (PixArt), or that of the empty text
+    itself (diffusers). A negative prompt always has its own mask.
     """
     letters: Letters = "as given"
     """Prompts as given, as PixArt reads them, or in lower case, as diffusers does."""

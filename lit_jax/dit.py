@@ -117,8 +117,8 @@ class DitConfig:
                 raise InputError(f"{name}={value}: give a whole number, 1 or more")
         if classes is not None and classes not in (self.rows, self.rows - 1):
             raise InputError(
-                f"classes={classes}: the table has {self.rows} rows, so there are {self.rows} classes (no row for none)"
-                f" or {self.rows - 1}"
+                f"classes={classes}: the table has {self.rows} rows; choose {self.rows} (no unconditional row) or"
+                f" {self.rows - 1} (last row unconditional)"
             )
         if features is not None and (self.attention == "softmax" or features not in get_args(Features)):
             what = (

@@ -21,7 +21,7 @@ from lit_jax.decode import PictureDecoder, no_pictures, pictures_of
 from lit_jax.dit import DitConfig
 from lit_jax.pixart import PixArtConfig
 from lit_jax.prompted import sample_prompts
-from lit_jax.sample import Draw, SampleConfig, drawer, picture_keys
+from lit_jax.sample import ClassConfig, Draw, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
 BATCH = 64  # pictures drawn at a time
@@ -31,7 +31,7 @@ OF_PROMPTS = {"negative", "size", "exact", "layout", "pipeline", "text_encoder",
 def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     """Draw pictures of each class in `args.classes` (all, or the first eight, unless given) and write `args.out`.
 
-    A text-to-image model draws prompts. The remaining flags are fields of `SampleConfig`. Raises InputError for an
+    A text-to-image model draws prompts. The remaining flags are fields of `ClassConfig`. Raises InputError for an
     unknown class or flag, and for latents without an autoencoder.
     """
     if isinstance(donor.cfg, PixArtConfig):
@@ -72,9 +72,9 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     }
 
 
-def default_sampling(cfg: DitConfig) -> SampleConfig:
+def default_sampling(cfg: DitConfig) -> ClassConfig:
     """Return the sampler settings for pictures to look at: strong guidance, if the model has a null class."""
-    return SampleConfig(sampler="ddpm", steps=250, guidance=4.0 if cfg.null_class else 1.0, guided="all")
+    return ClassConfig() if cfg.null_class else ClassConfig(guidance=1.0)
 
 
 def class_keys(seed: int, classes: list[int], count: int) -> jax.Array:

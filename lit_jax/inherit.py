@@ -24,8 +24,9 @@ def graft_attention(donor: DitConfig | PixArtConfig, student: DitConfig | PixArt
     computes changes. Raises InputError when the shapes differ.
     """
     if type(donor) is not type(student):
-        kinds = {DitConfig: "draws classes", PixArtConfig: "draws from text"}
-        raise InputError(f"the student {kinds[type(student)]}, the donor {kinds[type(donor)]}: both must do the same")
+        kinds = {DitConfig: "class-conditional", PixArtConfig: "text-conditional"}
+        given = f"the student is {kinds[type(student)]}, the donor {kinds[type(donor)]}"
+        raise InputError(f"{given}: both must be class-conditional or both text-conditional")
     if isinstance(student, DitConfig):
         shape = (*_SHAPE, "classes", "null_class")
     else:

@@ -72,7 +72,7 @@ class Pretrained(Loaded):
             raise InputError("no class is given: give the number of a class, or a list of numbers")
         if self.pictures is None:
             example = autoencoder_example(self.cfg.channels, self.origin)
-            raise InputError(f"this model draws latents: load(SOURCE, autoencoder=...){example}")
+            raise InputError(f"this model outputs latents: decode them with load(SOURCE, autoencoder=...){example}")
         draw = self._drawers.setdefault(sampling, drawer(self.model, self.cfg, sampling, self.mesh))
         repeated, keys = np.repeat(labels, count), class_keys(seed, labels, count)
         draw.check(repeated)

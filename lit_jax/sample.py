@@ -49,7 +49,7 @@ def check_guidance(guidance: float) -> None:
     if guidance < 0:
         raise InputError(f"guidance is {guidance:g}, which draws away from the class or prompt: give 1 (none) or more")
     if guidance < 1:
-        remark(f"guidance is {guidance:g}: 0 draws without the class or prompt, 1 is no guidance, and more follows it")
+        remark(f"guidance is {guidance:g}: 0 ignores the class or prompt, 1 is no guidance, above 1 it counts more")
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,7 @@ class SampleConfig:
         if not is_number(self.steps, Integral) or not 1 <= self.steps <= len(chain):
             raise InputError(f"--steps {self.steps} with {self.sampler}: choose between 1 and {len(chain)}")
         if self.steps == 1 and self.sampler == "ddpm":
-            raise InputError(
-                "--steps 1 with ddpm: its only step is the last, which would return noise; use 2 steps, or"
-                " --sampler dpm"
-            )
+            raise InputError("--steps 1 with ddpm returns noise: use 2 steps or more, or --sampler dpm")
         try:
             if self.sampler == "dpm":
                 return self._dpm(chain)
@@ -96,6 +93,16 @@ class SampleConfig:
 
     def _dpm(self, chain: Schedule) -> Sampler:
         return dpm_solver(chain, self.steps)
+
+
+@dataclass(frozen=True)
+class ClassConfig(SampleConfig):
+    """Settings of the sampler of models of classes, for pictures to look at."""
+
+    guidance: float = 4.0
+    """Classifier-free guidance scale: 1 is none, and the default of a model without an unconditional class."""
+    guided: Guided = "all"
+    """Channels of the noise that are guided; DiT's published numbers guide three of four latent channels."""
 
 
 @dataclass(frozen=True)

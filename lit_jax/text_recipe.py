@@ -75,7 +75,7 @@ class Config(BaseConfig):
     text_drop: float = 0.1
     """Share of the examples whose text is dropped, for classifier-free guidance."""
     null: Null = "prompt mask"
-    """What a dropped text leaves: the empty text at as many tokens as the prompt had (PixArt), or its own tokens."""
+    """Mask of a dropped text, which becomes the empty text: the prompt's (PixArt), or that of the empty text itself."""
     data: SourceConfig = field(default_factory=SourceConfig)
     """Pictures with captions: the column data.text and the data.columns; or a cache (`heirloom cache RECIPE DIR`)."""
     mix: tuple[float, ...] = ()
@@ -260,10 +260,11 @@ def batches(cfg: Config, opened: Opened, data: TextCache) -> Data:
             remark(other_scale(model, origin.cfg.scaling_factor, str(data.folder)))
         known = read_empty_text(model.folder) if model else None
         if model and known is not None and not same_encoder(known, data.encoding.null.seen):
-            text = f"{data.folder} has captions of {data.about['text_encoder']}, {model.path} read another text encoder"
+            encoded = f"{data.folder} was encoded with {data.about['text_encoder']}"
+            text = f"{encoded}; {model.path} was trained with another text encoder"
             if model is opened.teacher:
-                raise InputError(f"{text}: its answers to these captions mean nothing; cache with its text encoder")
-            remark(f"{text}: its attention to the text must be learned anew")
+                raise InputError(f"{text}: make the cache with that one")
+            remark(f"{text}, so its attention to the text must be learned again")
     example = TextExample(cfg.student.text_tokens, mix)
     return training_batches(data, cfg.pipeline, example, mesh=opened.mesh, groups=data.groups)
 

@@ -140,7 +140,7 @@ class TextToImage(Shown):
         check_whole("batch", batch)
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in (*texts, negative)):
-            raise InputError("prompts are a text or a list of texts, and so is negative a text")
+            raise InputError("prompts must be a string or a list of strings; negative must be a string")
         size = self.fitting(self.default_size if size is None else size, exact)
         given = None if latents is None else np.asarray(latents, np.float32)
         if given is not None and given.shape != (shape := (len(texts) * count, *self.grid(size))):
@@ -177,7 +177,7 @@ class TextToImage(Shown):
                 f" {' x '.join(map(str, self._rounded(size)))}"
             )
         if self._trained() and tuple(size) not in self._trained():
-            remark(f"{size[0]} x {size[1]} pixels are no size that this model was trained on")
+            remark(f"this model was not trained on pictures of {size[0]} x {size[1]} pixels")
         return size
 
     def _trained(self) -> list[tuple[int, int]]:
@@ -246,8 +246,8 @@ class TextToImage(Shown):
             found = self.text.encode([*texts, *empty], lambda done, total: advance(), padding=empty)
         if self.empty_text is not None and not same_encoder(self.empty_text, found.features[-1][found.mask[-1]]):
             raise InputError(
-                f"{self.components.text} is not the text encoder that this model was trained with: it reads the empty"
-                " text otherwise; name the model's own with --text-encoder (in Python: text_encoder)"
+                f"{self.components.text} is not the text encoder that this model was trained with: its features"
+                " of the empty prompt differ; name the model's own with --text-encoder (in Python: text_encoder)"
             )
         rows = [Condition(found.features[i, None], found.mask[i, None]) for i in range(len(found.mask))]
         encoded = dict(zip(texts, rows, strict=False))

@@ -91,7 +91,7 @@ class Config(BaseConfig):
         return {"donor": ("keep",), "teacher": ("distill",)}
 
     def idle(self) -> dict[str, str]:
-        off = "with both weights of distill at 0: set --distill.noise"
+        off = "both weights of distill are 0; set --distill.noise above 0"
         return super().idle() | ({} if self.distill.active else {"teacher": off})
 
     def parts(self) -> Parts:

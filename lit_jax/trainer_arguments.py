@@ -27,11 +27,11 @@ def arguments_of(found: Found) -> list[Setting]:
     settings = settings_of(found)
     for why in filter(None, map(refusal, settings)):
         if found.settings.get("prediction") != "noise":
-            raise InputError(f"{why} (if it is a setting of something else: --set prediction=noise)")
-        remark(f"{why}; this is passed over, as prediction=noise was given")
+            raise InputError(f"{why}; if this setting belongs to another part, add --set prediction=noise")
+        remark(f"{why}; this is ignored, as prediction=noise was given")
     if any(setting.plain == "linear_start" for setting in settings):
-        ldm = "in latent diffusion's code, whose name linear_start is, 'linear' is linear in the square root"
-        remark(f"{ldm}; the chain of this model is taken for linear, as DiT's is")
+        ldm = "the saved arguments use latent-diffusion names (linear_start), where 'linear' means scaled-linear betas"
+        remark(f"{ldm}; DiT's linear betas are assumed")
     return settings
 
 

@@ -81,7 +81,7 @@ def _linear(setting: Setting) -> bool:
     if said in other or re.search(r"diffusion|noise|(^|_)ddpm", around):
         return False
     if "sched" not in around:
-        remark(f"{setting}, saved with the tensors, is taken for that of the learning rate")
+        remark(f"{setting}, saved with the tensors, is assumed to be the learning-rate schedule")
     return True
 
 

@@ -76,8 +76,8 @@ def settings_of(found: Found) -> list[Setting]:
         given = found.about.get(place)
         inside = list(_inside(given, (place,)))
         if given and not inside and place in _PLACES:
-            kind = f"{place!r}, saved with the tensors, is a {type(given).__name__} without names, which is not read"
-            remark(f"{kind}: whether the model predicts noise, on DiT's chain, was not compared with it")
+            kind = f"the saved {place!r} are a {type(given).__name__} without field names"
+            remark(f"{kind}, so heirloom could not check that the model predicts noise with DiT's schedule")
         settings += inside
     file = found.json("config.json")  # of huggingface_hub's mixin: what the model was made with
     if file is not None and "_class_name" not in file and "format" not in file:

@@ -54,15 +54,15 @@ is the compiler's own figure, and the time is what FLOPs, bytes and links alone 
 
     python scripts/compile_recipes.py
 
-*GiB* adds up arguments, results and temporaries; *of* is the memory that the compiler gives to a program, less than the chip has. Whether
-a step fits is the compiler's own judgement: it accepted one whose sum is above *of*. *Bound by* says which limit of a chip gives the
-estimate: matmuls (our count of FLOPs at the chip's bf16 peak), memory (state once, temporaries written and read once each, a rule of
-thumb), or links (all collectives, one after the other). *Of peak* is the share of the chip's bf16 peak that this leaves: 100 % where
-matmuls bind. *Collectives* are the operations of one device; their sizes are those of the whole arrays. A collective in a loop
-is counted once for each iteration, or once in all where the number of iterations is unknown, which is then too few. Both branches of a
-conditional are counted, which is then too many. A fused reduce-scatter is listed as an all-reduce. *Compiled* gives the day of a row and
-its versions of jax and libtpu. *bfloat16 sums* marks rows of a version whose devices added up gradients in bfloat16; they now do so in
-float32.
+| column | what it is |
+|---|---|
+| GiB a device | arguments, results and temporaries, added up |
+| of | the memory that the compiler gives to a program, less than the chip has |
+| fits | the compiler's own judgement: it accepted one step whose sum is above *of* |
+| collectives a step | the operations of one device; their sizes are those of the whole arrays. One in a loop is counted once for each iteration; where the number of iterations is unknown, once in all, which is then too few. Both branches of a conditional are counted, which is then too many. A fused reduce-scatter is listed as an all-reduce |
+| bound by | the limit of a chip that gives the estimate: matmuls (our count of FLOPs at the chip's bf16 peak), memory (state once, temporaries written and read once each, a rule of thumb), or links (all collectives, one after the other) |
+| of peak | the share of the chip's bf16 peak that this leaves: 100 % where matmuls bind |
+| compiled | the day of a row, its versions of jax and libtpu. *bfloat16 sums*: in that version devices added up gradients in bfloat16; they now do so in float32 |
 
 tinyclip/auto_45m_32 is the step after its masks are cut, at the size before the cut. tinyclip/progressive_32 is tinyclip/vit_61m_32 and
 then tinyclip/vit_40m_32, so it has no row. Models as small as TinyCLIP's are copied to every chip: split over eight (`--mesh.fsdp 8`) the

@@ -45,8 +45,8 @@ HEAD = f"""# Every TinyCLIP recipe, a few steps
 Each TinyCLIP recipe ran here for {STEPS} steps a stage at its real size. This shows that a recipe builds, inherits, trains, cuts and
 saves, **not that it learns**: data are embedded emoji, {BATCH} a step, and teacher and donor are drawn at random in the published sizes.
 Architecture, loss, optimizer, precision and stages are the recipe's. Sizes in names count the image tower alone; the parameters here count
-the text tower and its token table, too. Seconds are of a shared CPU core. An automatic model's parameters are what {MASKED} steps of masks
-at a large rate happen to leave.
+the text tower and its token table, too. Seconds are of a shared CPU core. The size of an automatic model is
+arbitrary here: its masks were learned for {MASKED} steps at a large rate.
 
     python scripts/smoke_recipes.py --out docs/recipes.md
 

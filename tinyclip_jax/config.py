@@ -128,8 +128,8 @@ class Config(BaseConfig):
         """Fields that have no effect in this recipe, and the field to set instead."""
         if self.stages:
             per_stage = {"student": "student", "steps": "steps", "masks": "masks", "optim.warmup": "warmup"}
-            return {name: f"each stage has its own: set --stages.0.{own}" for name, own in per_stage.items()}
-        masked = {"depth_rule": "where learned masks choose the layers"} if self.masks.prune_step else {}
+            return {name: f"each stage has its own; set --stages.0.{own}" for name, own in per_stage.items()}
+        masked = {"depth_rule": "learned masks choose the layers"} if self.masks.prune_step else {}
         return super().idle() | masked
 
     def in_stage(self, n: int, donor: str) -> "Config":

@@ -108,8 +108,8 @@ def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
         once = distinct(columns["text_group"], columns["tokens"]) if by_concept else np.arange(len(columns["tokens"]))
         tokens = columns["tokens"][once]
         if shared := ambiguous(columns["text_group"][once], tokens):
-            right = "for a picture only its own copy of a caption counts as right, and a tie as wrong"
-            remark(f"{name}: {shared:,} of {len(tokens):,} captions stand at several pictures: {right}")
+            right = "only the picture's own copy counts as correct, and a tie as wrong"
+            remark(f"{name}: {shared:,} of {len(tokens):,} captions occur with several pictures: {right}")
         captions = np.concatenate([text(params, tokens[i : i + BATCH]) for i in range(0, len(tokens), BATCH)])
         recall: Recall = retrieval(columns["image"], captions, columns["image_group"], columns["text_group"][once])
         return Scored(name, seen, recall.flat())
@@ -239,7 +239,7 @@ def score_on(data: SourceConfig, task: str, setup: Setup, words: Words, label: s
     if not classes:
         raise InputError(f"{data.path} names no classes: give --classes FILE, with one name per line")
     if not words.classes and all(WORDNET.fullmatch(name) for name in classes):
-        codes = f"{data.path}: its classes are called {classes[0]!r} and so on, which make no prompts"
+        codes = f"{data.path}: class names are WordNet ids ({classes[0]} ...), which cannot be used in prompts"
         raise InputError(f"{codes}: give --classes imagenet, or a list of your own")
     if not words.classes and all(name.isdecimal() for name in classes):
         remark(f"{data.path}: prompts are made of the numbers {classes[0]} to {classes[-1]}; --classes FILE names them")
@@ -283,7 +283,7 @@ def _named(source: Labelled, path: str, template: str) -> tuple[str, ...]:
 def _templates(source: Labelled) -> tuple[str, ...]:
     """Prompt templates that come with the data, else the default."""
     if sidecar := getattr(source.source, "templates", None):
-        remark(f"templates from {sidecar}; --templates takes others")
+        remark(f"using templates from {sidecar}; override them with --templates")
         return read_templates(sidecar)
     return TEMPLATES
 

@@ -126,9 +126,9 @@ def _compare(donor: ClipConfig, student: ClipConfig) -> None:
                 sizes = f"the donor's {name} is {before[name]!r}, the student's {now[name]!r}"
                 remark(f"{sizes}: {trained}; set student.{tower}.{name} to it")
     if lacked := sorted(own - theirs - {"logit_bias"}):
-        raise InputError(f"the student has {_some(lacked)}, the donor has not: set {' and '.join(ways)}")
+        raise InputError(f"the student has {_some(lacked)}, but the donor does not: set {' and '.join(ways)}")
     if left := sorted(theirs - own):
-        remark(f"parameters of the donor are not inherited, as the student has none: {_some(left)}")
+        remark(f"the student does not have these parameters of the donor, so they are not inherited: {_some(left)}")
 
 
 def _some(paths: list[str]) -> str:

@@ -53,8 +53,8 @@ def tokenizer_of(donor: Donor) -> CaptionTokenizer | None:
     if (found := own_tokenizer(donor)) is not None:
         return found
     if donor.format != "heirloom" and donor.cfg.text.pool != "eot":
-        pools = f"its text tower pools the {donor.cfg.text.pool} position, padding included"
-        remark(f"tokenizer: that of {donor.folder} is not read: {pools}, and no file says how captions are padded")
+        depends = f"this text tower, which pools the {donor.cfg.text.pool} position, depends on it"
+        remark(f"tokenizer: that of {donor.folder} is ignored: no file says how captions are padded, and {depends}")
         return None
     if any((donor.folder / name).is_file() for name in _FOREIGN):
         return None
@@ -104,7 +104,8 @@ def sidecars(donor: Donor, destination: Path, format: str) -> None:
         write_json(destination / "tokenizer_config.json", about)
         _name_in_open_clip(destination / "open_clip_config.json")
     elif format == "open_clip" and not same_ids(tokenizer, Tokenizer.clip()):
-        remark("this model has another tokenizer than CLIP's, which open_clip takes for this folder: give it the ids")
+        other = "open_clip will load CLIP's tokenizer for this folder, but the model uses another one"
+        remark(f"{other}: tokenize captions yourself and pass the ids")
 
 
 def _for_transformers(tokenizer: CaptionTokenizer, context: int) -> dict[str, Any]:
@@ -182,12 +183,12 @@ def _check_teacher(teacher: Donor, tokenizer: CaptionTokenizer, pre: Preprocess)
     own, theirs = own_tokenizer(teacher), preprocess_of(teacher)
     store = "store its embeddings with heirloom cache RECIPE DIR, and train with --teacher cache:DIR"
     if own is not None and not same_ids(own, tokenizer):
-        raise InputError(f"the teacher {teacher.path} has another tokenizer than the student: {store}")
+        raise InputError(f"the teacher {teacher.path} has a different tokenizer from the student's: {store}")
     if own is None:
         check_tokenizer(tokenizer, teacher.cfg.text, str(teacher.path))
-        remark(f"the teacher {teacher.path} has no tokenizer that is read: it gets the student's tokens")
+        remark(f"the teacher {teacher.path} has no tokenizer that heirloom can use; the student's is used")
     if not theirs.origin:
-        remark(f"the teacher {teacher.path} does not say how it normalises pictures: it gets the student's")
+        remark(f"the teacher {teacher.path} does not say how it normalises pictures; the student's way is used")
     elif not np.allclose((theirs.pre.mean, theirs.pre.std), (pre.mean, pre.std), atol=1e-2):
         statistics = f"(mean {theirs.pre.mean}, the student's {pre.mean})"
         raise InputError(f"the teacher {teacher.path} normalises pictures otherwise {statistics}: {store}")

@@ -74,7 +74,7 @@ class MaskConfig:
     def idle(self) -> dict[str, str]:
         """Fields that have no effect, and why."""
         others = (one.name for one in fields(self) if one.name != "prune_step" and not self.prune_step)
-        return dict.fromkeys(others, "which has no masks: set --masks.prune_step")
+        return dict.fromkeys(others, "it has no masks; set --masks.prune_step, too")
 
     def target_at(self, step: Array | int) -> Array:
         """Target sparsity at `step`."""

@@ -43,13 +43,13 @@ def read(found: Found) -> Read | None:
         return None
     file = found.json(CONFIG)
     if file is None and trunk:
-        raise InputError(f"its image tower is of timm, and only {CONFIG} says which: put it next to the weights")
+        raise InputError(f"the image tower is a timm model; its name is in {CONFIG}: put this file next to the weights")
     if file is None and "cls_emb" in tensors:
-        raise InputError("it is a CoCa of open_clip, which has a decoder of captions: only CLIPs are read, take one")
+        raise InputError("this is open_clip's CoCa, which also decodes captions; only CLIPs are supported: use one")
     if file is not None:
         file.skip("preprocess_cfg", "tokenizer_cfg", "version", "license*", "_*")  # preprocessing is read elsewhere
         if "model_cfg" not in file:
-            needed = "put open_clip's own file for the model (with vision_cfg and text_cfg) under this name inside it"
+            needed = "put open_clip's config of the model (with vision_cfg and text_cfg) under this key"
             raise InputError(f"{file.where}: has no 'model_cfg': {needed}")
         model = file.object("model_cfg")
         file.done()

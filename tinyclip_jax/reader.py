@@ -23,7 +23,8 @@ def text_reader(donor: Donor, tokens: int) -> TextReader:
     """
     cfg: ClipConfig = donor.cfg
     if tokens > cfg.text.context:
-        raise InputError(f"{donor.path} reads {cfg.text.context} tokens, and the model is to read {tokens}: set fewer")
+        least = f"takes at most {cfg.text.context} tokens, the model asks for {tokens}"
+        raise InputError(f"{donor.path} {least}: set text_tokens to {cfg.text.context} or fewer")
     if (tokenizer := tokenizer_of(donor)) is None:
         raise InputError(f"{donor.path} has no tokenizer: put its tokenizer.json next to the weights")
     mesh = start()

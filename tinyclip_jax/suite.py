@@ -83,8 +83,8 @@ def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) 
         if is_class_list(classes):
             classes = tuple(by_identifier.values())
         elif listed := next((c for c in classes if "," in c), ""):
-            other = "published numbers are of one name a class"
-            remark(f"{folder}: prompts are made of lists of synonyms, as its classes are called ({listed!r}); {other}")
+            other = "published numbers use one name for each class"
+            remark(f"{folder}: class names are lists of synonyms ({listed!r}) and are used as such in prompts; {other}")
         return zeroshot_over(name, source, setup, classes, TEMPLATES)(params)
     if unknown := [c for c in source.classes if c not in names]:
         named = "name it like n01440764 or, in imagenet-v2, 0 to 999"

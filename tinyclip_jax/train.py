@@ -151,7 +151,7 @@ def batches(cfg: Config, opened: Opened) -> Data:
         raise InputError(f"{cfg.data.path}: {wrong}; a teacher embedding is a list of numbers, in .parquet or .npy")
     if cfg.teacher == EMBEDDINGS and cfg.augment == "random" and not isinstance(first_good(source, _text), str):
         belongs = f"{cfg.data.path} has several captions of a picture, and teacher_text belongs to one"
-        raise InputError(f'{belongs}: set augment to "none", which takes the first')
+        raise InputError(f'{belongs}: set augment to "none", which uses the first caption')
     context = cfg.student.text.context
     text = dict(tokenizer=inputs.tokenizer, context=context, tags=cfg.pipeline.tags)
     augment = Augment(pre=inputs.pre, **text, augment=cfg.augment)

@@ -222,17 +222,17 @@ class Gate:
     @property
     def fault(self) -> str:
         """The reason not to use the codec, and what to do; empty when it may be used."""
+        skip = "or skip this check with --gate.force"
         if self.before - self.chance <= self.tolerance:
             chance = f"{100 * self.before:.1f} % right, {100 * self.chance:.1f} % by guessing"
-            advice = "so the codec cannot be judged. Train the zoo for longer, or --gate.force"
-            return f"the zoo's networks are at chance: {chance}, {advice}"
+            return f"the zoo's networks are at chance: {chance}, so the codec cannot be judged. Train longer, {skip}"
         if self.before - self.after > self.tolerance:
             lost = f"{100 * self.before:.1f} % before, {100 * self.after:.1f} % after a round trip"
             limit = f"relative error {self.error:.3f}, at most {100 * self.tolerance:g} points may go"
-            return f"the codec loses accuracy: {lost} ({limit}). Use more latents, or --gate.force"
+            return f"the codec loses accuracy: {lost} ({limit}). Use more latents, {skip}"
         if not self.error <= self.limit:  # NaN is a fault, too
             lost = f"relative error {self.error:.3f}, at most {self.limit:g} (gate.error)"
-            return f"the codec loses the weights it is to code: {lost}. Use more latents, or --gate.force"
+            return f"the codec loses the weights it is to code: {lost}. Use more latents, {skip}"
         return ""
 
     def check(self, force: bool = False) -> None:

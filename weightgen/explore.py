@@ -205,7 +205,7 @@ def explore(model: LanguageModel, select: Sequence[Question], test: Sequence[Que
     """Search with both forms, from the same checkpoint and with as many trials."""
     names = [one.name for one in top(rank(model.tensors), how.share) if "@" not in one.name]
     if not names:
-        raise InputError(f"{model.path}: no matrix of its own to search; experts that are stored together are not")
+        raise InputError(f"{model.path}: no matrix can be searched; experts that are stored as one tensor are left out")
     base = model.tensors
     trials = len(names) * how.candidates
     print(f"{len(names)} matrices x {how.candidates} proposals, rows and noise: 2 x {trials} trials", flush=True)

@@ -176,13 +176,13 @@ def command(args: Namespace) -> dict[str, Any]:
     if args.unfreeze:
         stacked = next((one.name for one in best if "@" in one.name), None)
         if stacked:
-            raise InputError(f"--unfreeze: {stacked} is a part of a tensor, which cannot be trained without the rest")
+            raise InputError(f"--unfreeze: {stacked} is a part of a tensor and cannot be trained alone")
         if expert := next((one.name for one in best if ONE_EXPERT.search(one.name)), None):
-            joined = "transformers 5 joins the experts of a layer when it loads them, and no pattern matches these then"
+            joined = "transformers 5 joins the experts of a layer when it loads them, so no pattern will match these"
             remark(f"--unfreeze: {expert} is one expert: {joined}")
         if bare := next((one.name for one in best if BARE.match(one.name)), None):
-            prefix = "a model with its head has a prefix before it, such as transformer. or model.: add it to each line"
-            remark(f"--unfreeze: {bare} is a name of a model without its head, and no pattern matches then; {prefix}")
+            prefix = "a model with a head adds a prefix, such as transformer. or model.: put it before each line"
+            remark(f"--unfreeze: {bare} is a name of a model without its head; {prefix}, or no pattern matches")
         with staged(args.unfreeze, force=args.force) as file:
             file.write_text(unfrozen(best), encoding="utf-8")
     width = max(len(one.name) for one in best)

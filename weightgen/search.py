@@ -132,7 +132,7 @@ def _tensor(params: Params, name: str) -> np.ndarray:
 def soup(models: Sequence[Params], weights: Sequence[float] | None = None) -> Params:
     """The average of models, leaf by leaf in f32, back in each leaf's dtype. Raises InputError when there is none."""
     if not models:
-        raise InputError("a soup of no models: nothing was accepted, keep the base")
+        raise InputError("nothing to average: no proposal was accepted")
     share = (
         np.full(len(models), 1 / len(models)) if weights is None else np.asarray(weights, np.float64) / np.sum(weights)
     )

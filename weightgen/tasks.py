@@ -130,7 +130,7 @@ def read_words(donor: Donor, task: str) -> Task:
         raise InputError(f"{donor.path} takes pictures, not words: give --dataset, a folder with one for each class")
     if cfg.condition == "chunk":
         if task:
-            raise InputError(f"{donor.path} makes all chunks and has no tasks: leave --task {task!r} out")
+            raise InputError(f"{donor.path} draws all chunks and has no tasks: leave out --task")
         chunks = np.arange(cfg.labels, dtype=np.float32).reshape(-1, 1, 1, 1)
         return Task(names=("all chunks",), condition=chunks, shots=1)
     known = read_json(donor.folder / "tasks.json")["tasks"]

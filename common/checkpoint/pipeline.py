@@ -77,7 +77,7 @@ def plain_weights(folder: Path) -> Path:
     if len(found) == 1 or len(plain) != 1:
         return folder
     others = ", ".join(file.name for file in found if file != plain[0])
-    remark(f"{folder}: {plain[0].name} is taken, not {others}; name the file to take another")
+    remark(f"{folder}: using {plain[0].name}, not {others}; to use another file, give its path")
     return plain[0]
 
 

@@ -124,8 +124,8 @@ def _without_variant(kinds: Sequence[list[Path]]) -> list[Path]:
     if all(VARIANT.search(file.name) for file in first):
         for kind in others:
             if plain := [f for f in kind if not VARIANT.search(f.name) and model(f) == model(first[0])]:
-                taken = f"{plain[0].name} is taken, not {first[0].name}, which is a variant"
-                remark(f"{first[0].parent}: {taken}; name the file to take another")
+                used = f"using {plain[0].name}, not its variant {first[0].name}"
+                remark(f"{first[0].parent}: {used}; to use another file, give its path")
                 return plain
     return first
 

@@ -164,9 +164,9 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
         near = nearest(unknown, [name for name in names if name])
         matched = f"exactly one of the {len(names)} known ({_shown(names)}){near}"
         raise InputError(f"{path}: its class {unknown!r} does not match {matched}")
-    unlike = f"its class {unknown!r} is not one of the class names ({_shown(names)})"
-    order = f"its classes are numbered in their order ({_shown(known)})"
-    remark(f"{path}: {unlike}, but there are {len(names)} of each: {order}")
+    unlike = f"class names do not match ({unknown!r} is not one of {_shown(names)})"
+    order = f"both have {len(names)} classes, so the data's order is used ({_shown(known)})"
+    remark(f"{path}: {unlike}, but {order}")
     return in_order
 
 

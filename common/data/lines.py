@@ -74,5 +74,5 @@ def _json_list(text: str, file: AnyPath) -> tuple[str, ...]:
         entries = None
     if not isinstance(entries, list) or not entries or not all(isinstance(e, str) and e.strip() for e in entries):
         needed = "write a list of strings, or one entry a line without brackets"
-        raise InputError(f"{file} begins as JSON does and is no list of strings: {needed}")
+        raise InputError(f"{file} looks like JSON but is not a list of strings: {needed}")
     return tuple(entry.strip() for entry in entries)

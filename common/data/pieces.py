@@ -61,7 +61,7 @@ class PieceTokenizer:
         """Returns ids, int32 [n, context] (n = 1 for a string): cut to `context` with the end token last."""
         room = context - len(self.starts) - 1
         if room < 1:
-            raise InputError(f"context {context} is too small for the tokens around a caption and one of its own")
+            raise InputError(f"context {context} is too small: a caption needs at least one token, and those around it")
         texts = strings(texts)
         if self.repair:
             texts = [clean(text, lower=False) for text in texts]

@@ -52,9 +52,9 @@ def read_sentencepiece(file: Path) -> SentencePiece:
         raise InputError(f"{file}: a SentencePiece file without a vocabulary; fetch it again")
     trainer, normalizer = model.trainer, model.normalizer
     if trainer.model_type != UNIGRAM or trainer.byte_fallback:
-        raise InputError(f"{file}: a SentencePiece file that is not T5's kind, which is unigram without byte fallback")
+        raise InputError(f"{file}: not T5's kind of SentencePiece file (unigram without byte fallback)")
     if not (normalizer.add_dummy_prefix and normalizer.remove_extra_whitespaces and normalizer.escape_whitespaces):
-        raise InputError(f"{file}: treats spaces in another way than T5's, so its tokens would be wrong here")
+        raise InputError(f"{file}: handles spaces differently from T5's tokenizer, so its tokens would be wrong here")
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     return SentencePiece(pieces, [piece.type for piece in model.pieces], normalizer.charsmap)
 

@@ -254,7 +254,8 @@ def _from_spiece(folder: Path) -> PieceTokenizer:
             pipeline.add_special_tokens([AddedToken(found.pieces[i][0], special=True, normalized=False)])
     completed(pipeline, {"added": read_about(folder)["added"]})
     if pipeline.get_vocab_size() > len(found.pieces):
-        raise InputError(f"{CONFIG} adds tokens to those of {SPIECE}, which SigLIP's does not; use files of one model")
+        none = "SigLIP's tokenizer has none: use files of one model"
+        raise InputError(f"{CONFIG} adds tokens to those of {SPIECE}; {none}")
     end = _named(config, "eos_token", "</s>")
     if (end_id := pipeline.token_to_id(end)) is None:
         raise InputError(f"the end token {end!r} is not in the vocabulary; use files of one model")

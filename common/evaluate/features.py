@@ -19,7 +19,7 @@ def finite(values: np.ndarray, what: str) -> np.ndarray:
     if bad.any():
         given = f"NaN or infinite for {bad.sum():,} of {len(values):,} (first: {int(bad.argmax())})"
         why = "its weights are damaged, or its computation overflows"
-        raise InputError(f"{what}: {given}; such a model has no score: {why}")
+        raise InputError(f"{what}: {given}; cannot compute a score: {why}")
     return values
 
 

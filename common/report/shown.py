@@ -193,7 +193,7 @@ def _has(value: object, /, **types: Any) -> bool:
 
 def _expect(file: Path, right: bool) -> None:
     if not right:
-        raise InputError(f"{file} is damaged: it has not what a training writes; restore or remove it")
+        raise InputError(f"{file} is damaged: a part that a training writes is missing or wrong; restore or remove it")
 
 
 def _spread(files: list[Path]) -> list[Path]:

@@ -133,7 +133,7 @@ class Plan:
             axes = sorted({name for path, rule in rule_of.items() if rule == i for name in spec[path].axes.names})
             near = nearest(key, axes)
             rule = f"rule {self.rules[i][0]!r} maps the axis {key!r}"
-            raise InputError(f"{rule}, which none of its parameters has{near}")
+            raise InputError(f"{rule}, but none of its parameters has this axis{near}")
         used = {line.path for line in lines if line.source is not None}
         return Resolution(tuple(lines), tuple(p for p in source.spec if p not in used))
 

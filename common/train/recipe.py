@@ -137,7 +137,7 @@ class BaseConfig(RunConfig):
     def idle(self) -> dict[str, str]:
         """Fields that have no effect in this recipe, and why."""
         missing = {source: names for source, names in self.needs().items() if not getattr(self, source)}
-        return {name: f"without {source}: set --{source}" for source, names in missing.items() for name in names}
+        return {name: f"it has no {source}; set --{source}, too" for source, names in missing.items() for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

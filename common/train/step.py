@@ -176,7 +176,8 @@ def _deal(rows: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
     shards = row_shards(mesh)
     if rows.shape[0] % (parts * shards):
         parts_of = f"{parts} micro-batches on {shards} devices"
-        raise InputError(f"a batch of {len(rows)} does not divide into {parts_of}: change step.accumulate")
+        instead = f"change step.accumulate, or use a batch that is a multiple of {parts * shards}"
+        raise InputError(f"a batch of {len(rows)} does not divide into {parts_of}: {instead}")
     dealt = jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
     return jax.lax.with_sharding_constraint(dealt, NamedSharding(mesh, PartitionSpec(None, ROWS)))
 

@@ -94,7 +94,8 @@ def _read_config(fields: Fields, sizes: dict[str, int]) -> T5Config:
         "feed_forward_proj", "gated-gelu", feature="the first T5, of 2019, has no gate; T5 v1.1 and Flan-T5 have one"
     )
     if "feed_forward_proj" not in fields:
-        raise InputError(f"{fields.where}: 'feed_forward_proj' is missing, which means the first T5, without a gate")
+        first = "this is the first T5, without a gate; use T5 v1.1 or Flan-T5"
+        raise InputError(f"{fields.where}: 'feed_forward_proj' is missing, so {first}")
     fields.fixed("dense_act_fn", "gelu_new", "gelu_pytorch_tanh")
     fields.fixed("is_gated_act", True)
     names = dict(vocab_size="vocabulary", d_model="width", num_layers="layers", num_heads="heads", d_kv="head_dim")

@@ -116,8 +116,9 @@ def _build(pieces: Pieces, charsmap: bytes, added: Mapping[int, AddedToken]) -> 
     unigram.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
     for i, token in sorted(added.items()):
         if i > unigram.get_vocab_size() or (i < len(pieces) and pieces[i][0] != token.content):
-            there = repr(pieces[i][0]) if i < len(pieces) else "nothing"
-            raise InputError(f"the added token {token.content!r} has id {i}, where the vocabulary has {there}")
+            size = unigram.get_vocab_size()
+            other = f"already taken by {pieces[i][0]!r}" if i < len(pieces) else f"but the next free id is {size}"
+            raise InputError(f"the added token {token.content!r} has id {i}, {other}")
         unigram.add_special_tokens([token]) if token.special else unigram.add_tokens([token])
     return unigram
 
@@ -171,7 +172,7 @@ def _read_spiece(folder: Path, about: Mapping[str, Any]) -> tuple[Pieces, bytes,
         raise InputError(f"{folder} has no tokenizer: it needs a {WHOLE} or a {PIECES}")
     found = read_sentencepiece(file)
     if BYTE in found.kinds:
-        raise InputError(f"{file}: has a piece for every byte, which T5's has not")
+        raise InputError(f"{file}: has byte pieces, which T5's tokenizer does not have")
     pieces = found.pieces + [(f"<extra_id_{i}>", 0.0) for i in reversed(range(about["extra_ids"]))]
     added = {
         i: AddedToken(found.pieces[i][0], normalized=False, special=kind == CONTROL)

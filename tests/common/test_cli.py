@@ -71,10 +71,10 @@ def test_a_method_without_a_verb_and_models_of_several_families(capsys, tmp_path
     monkeypatch.setattr(methods, "methods", lambda: {"mute": mute, "tinyclip": here["tinyclip"]})
     assert main(["demo", "mute", "--out", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "heirloom: mute has no demo; no installed method has" and lines[1].startswith(
-        "heirloom: mute has no evaluate"
+    assert lines[0] == "heirloom: 'demo' is not available for mute (for no installed method)" and lines[1].startswith(
+        "heirloom: 'evaluate' is not available for mute"
     )
-    assert lines[2] == "heirloom: mute has no demo; tinyclip has"
+    assert lines[2] == "heirloom: 'demo' is not available for mute (only for tinyclip)"
 
 
 def test_help_comes_before_anything_heavy_is_imported():
@@ -102,6 +102,17 @@ def test_help_describes_every_argument_and_fits(verb, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli._parser().parse_args(["--help"])
     assert re.search(rf"^    {verb.name} +{re.escape(verb.help)}$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_help_of_sample_has_the_defaults_that_a_model_of_classes_gets(capsys):
+    from lit_jax.generate import default_sampling
+    from lit_jax.zoo import dit
+
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    of_classes = capsys.readouterr().out.split("--guidance FLOAT")[1]
+    used = default_sampling(dit("s"))
+    assert re.findall(r"\(default:\s+([^)]+)\)", of_classes)[:2] == [str(used.guidance), used.guided]
 
 
 def test_the_fields_of_a_recipe_are_listed_with_defaults(capsys):

@@ -21,6 +21,7 @@ MEANS = {
     "Preprocess": {"mean"},
     "SampleConfig": {"guidance", "steps"},
     "PromptConfig": {"guidance", "steps"},
+    "ClassConfig": {"guidance", "steps"},
     "Config": {"layers", "stage"},
     "TeacherConfig": {"layers"},
     "PixArtConfig": {"heads", "cross_heads", "interpolation"},
@@ -105,11 +106,11 @@ def test_a_flag_that_is_infinite_in_float32_is_refused(flags):
 
 
 def test_a_field_of_another_optimizer_is_refused():
-    with pytest.raises(InputError, match=r"^--optim\.b3 does nothing in this recipe, only CAME has it"):
+    with pytest.raises(InputError, match=r"^--optim\.b3 has no effect in this recipe: only CAME has it"):
         config.load("lit/b_2_256", ["--optim.b3", "0.99"])
     came = ["--optim.algorithm", "came"]
     assert config.load("lit/b_2_256", ["--optim.b3", "0.99", *came]).optim.b3 == 0.99
-    with pytest.raises(InputError, match=r"^--optim\.eps does nothing in this recipe, CAME has its own"):
+    with pytest.raises(InputError, match=r"^--optim\.eps has no effect in this recipe: CAME has its own"):
         config.load("lit/b_2_256", [*came, "--optim.eps=1e-7"])
     with pytest.raises(InputError, match="--oops"):  # b3 has an effect here, and is not what is wrong
         config.load("lit/b_2_256", [*came, "--optim.b3", "0.99", "--oops"])
@@ -118,17 +119,17 @@ def test_a_field_of_another_optimizer_is_refused():
 @pytest.mark.parametrize(
     ("recipe", "flags", "why"),
     [
-        ("lit/digits_dit", ["--distill.noise", "1"], "without teacher: set --teacher"),
+        ("lit/digits_dit", ["--distill.noise", "1"], "it has no teacher; set --teacher, too"),
         ("lit/digits", ["--teacher=x", "--distill.noise=0", "--distill.variance=0"], "both weights of distill"),
-        ("lit/t2i_512", ["--sample.steps", "9"], "without prompts: set --prompts"),
-        ("tinyclip/emoji", ["--donor=", "--depth-rule", "even"], "without donor: set --donor"),
-        ("learngene/smoke", ["--layers", "0,1"], "without donor: set --donor"),
-        ("learngene/smoke", ["--distill.kind", "hard"], "without teacher: set --teacher"),
-        ("learngene/vit_s", ["--teacher=x", "--distill.kind=hard", "--distill.temperature=2"], "where kind is hard"),
-        ("learngene/vit_s", ["--augment.shift", "2"], "whose crop is resized: set augment.crop to shift"),
+        ("lit/t2i_512", ["--sample.steps", "9"], "it has no prompts; set --prompts, too"),
+        ("tinyclip/emoji", ["--donor=", "--depth-rule", "even"], "it has no donor; set --donor, too"),
+        ("learngene/smoke", ["--layers", "0,1"], "it has no donor; set --donor, too"),
+        ("learngene/smoke", ["--distill.kind", "hard"], "it has no teacher; set --teacher, too"),
+        ("learngene/vit_s", ["--teacher=x", "--distill.kind=hard", "--distill.temperature=2"], "distill.kind is hard"),
+        ("learngene/vit_s", ["--augment.shift", "2"], "augment.crop is resized; set it to shift"),
     ],
 )
 def test_a_field_that_needs_another_one_is_refused(recipe, flags, why):
-    with pytest.raises(InputError, match=f"does nothing in this recipe, .*{why}"):
+    with pytest.raises(InputError, match=f"has no effect in this recipe: .*{why}"):
         config.load(recipe, flags)
     assert config.load("learngene/emoji", ["--gene.distill.alpha", "0.5"])  # its teacher comes first

@@ -138,9 +138,9 @@ def test_google_archives_come_back_and_big_visions_names_are_read(released, fold
         (dict(gene="sws", layout=(1, 1)), "hf", "expand it first"),
         (dict(eps=1e-12), "timm", "an eps of 1e-6 or 1e-5, this model has 1e-12: convert with --set eps=1e-6"),
         (dict(activation="gelu_tanh", width=192, heads=3), "deit", "exact GELU, this model gelu_tanh; write --to timm"),
-        (dict(), "deit", "cannot tell 2 heads"),
-        (dict(), "sws", "no gene of sws"),
-        (dict(gene="sws", layout=(2, 2)), "sws", "cannot tell layout"),
+        (dict(), "deit", "cannot store 2 heads"),
+        (dict(), "sws", "--to sws needs a gene of SWS"),
+        (dict(gene="sws", layout=(2, 2)), "sws", "cannot store layout"),
         (dict(), "google", "has activation gelu_tanh, this model gelu: convert with --set activation=gelu_tanh"),
         (
             dict(activation="gelu_tanh", eps=1e-5),

@@ -169,7 +169,7 @@ def test_what_is_guessed_and_left_out_is_said(tmp_path):
         (CASES["vit"], "timm", "pooler is True, which timm's ViT does not have"),
         (CASES["clip"], "timm", "joint is 12, which timm's ViT does not have"),
         (CASES["dinov2"], "timm", "resample is 'plain', which timm's ViT does not have"),
-        (CASES["dinov2_with_registers"] | dict(width=192, heads=3), "deit", "which a bare file does not hold"),
+        (CASES["dinov2_with_registers"] | dict(width=192, heads=3), "deit", "a file without a config does not hold"),
         (CASES["vit"], "google", "pooler is True"),
     ],
 )

@@ -44,7 +44,7 @@ def test_hard_distillation_learns_the_teachers_choice(logits):
 
 
 def test_released_reduction_beside_labels_is_refused():
-    with pytest.raises(InputError, match="would drown the teacher"):
+    with pytest.raises(InputError, match="the teacher loss is divided by the number of classes"):
         DistillConfig(alpha=0.5, reduction="numel")
     with pytest.raises(InputError, match="between 0 and 1"):
         DistillConfig(alpha=1.5)

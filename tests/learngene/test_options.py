@@ -127,7 +127,7 @@ def test_expansion_carries_options_and_names_one_that_differs():
     for name, value in (("registers", 0), ("qk_norm", False), ("layer_scale", 0.0)):
         with pytest.raises(InputError, match=f"the student's {name} is {value}, the donor's"):
             expansion(gene, replace(student, **{name: value}))
-    with pytest.raises(InputError, match="its norms inside the attention fit its own heads"):
+    with pytest.raises(InputError, match="heads must be equal, or the norms inside the attention cannot be inherited"):
         expansion(gene, replace(student, heads=4))
 
 

@@ -63,7 +63,7 @@ def test_mistakes_are_one_line(gene, how, words):
 
 
 def test_an_ordinary_vit_keeps_its_depth(gene):
-    with pytest.raises(InputError, match="an ordinary ViT of 3 layers, which is no gene, keeps its depth here"):
+    with pytest.raises(InputError, match="changes the depth of genes only, and this is an ordinary ViT of 3 layers"):
         learngene.expand(learngene.expand(gene, 3), 4)
 
 

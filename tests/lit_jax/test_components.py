@@ -98,11 +98,11 @@ def test_a_chain_that_a_schedulers_defaults_change_is_refused():
     linear = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
     cog = dict(_class_name="CogVideoXDDIMScheduler", **linear)
     check_chain(Fields(cog | {"snr_shift_scale": 1.0}, "s.json"))
-    with pytest.raises(InputError, match=r"s.json: snr_shift_scale is missing, and the default of CogVideoXDDIMSch"):
+    with pytest.raises(InputError, match=r"s.json: snr_shift_scale is missing; CogVideoXDDIMScheduler's default"):
         check_chain(Fields(cog, "s.json"))
     with pytest.raises(InputError, match=r"snr_shift_scale is 3.0; only models where it is 1.0"):
         check_chain(Fields(cog | {"snr_shift_scale": 3.0}, "s.json"))
-    with pytest.raises(InputError, match=r"beta_start is missing, and the default of HeunDiscreteScheduler is not"):
+    with pytest.raises(InputError, match=r"beta_start is missing; HeunDiscreteScheduler's default differs from 0.0001"):
         check_chain(Fields({"_class_name": "HeunDiscreteScheduler"}, "s.json"))
     check_chain(Fields({"_class_name": "DDIMScheduler"}, "s.json"))
 
@@ -250,7 +250,7 @@ def test_a_part_in_two_precisions_is_read_as_diffusers_does(tmp_path, remarks):
         for file in files:
             (root / name / file).write_text("")
     assert main_part(root) == root / "transformer" / "x.safetensors"
-    assert "transformer: x.safetensors is taken, not x.fp16.safetensors; name the file to take" in remarks()[0]
+    assert "transformer: using x.safetensors, not x.fp16.safetensors; to use another file" in remarks()[0]
     assert plain_weights(root / "vae") == root / "vae"  # the only one
     opened = []
 
@@ -271,7 +271,7 @@ def test_a_pickle_goes_before_the_variant_of_a_part_in_safetensors(variant, tmp_
         (tmp_path / name).write_text("")
     assert plain_weights(tmp_path) == tmp_path / "model.bin"
     (said,) = remarks()
-    assert f": model.bin is taken, not model.{variant}.safetensors, which is a variant; name the file" in said
+    assert f": using model.bin, not its variant model.{variant}.safetensors; to use another file" in said
     (tmp_path / "model.safetensors").write_text("")
     assert plain_weights(tmp_path) == tmp_path / "model.safetensors"
 

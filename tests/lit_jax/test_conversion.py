@@ -143,8 +143,8 @@ def test_an_average_of_diffusers_own_says_how_it_was_made(golden, tmp_path):
 
 def test_a_model_of_one_channel_is_not_told_to_take_an_autoencoder_for_latents(tmp_path):
     one, four = (SimpleNamespace(path="x", folder=tmp_path, cfg=dit.DitConfig(channels=n)) for n in (1, 4))
-    assert "x draws 1 channel, and pictures have 3" in str(no_pictures(one))
-    assert "this model draws latents: give --autoencoder" in str(no_pictures(four))
+    assert "x outputs 1 channel, and pictures have 3" in str(no_pictures(one))
+    assert "this model outputs latents: decode them with --autoencoder SOURCE" in str(no_pictures(four))
 
 
 def test_what_older_configs_say_is_read(golden, tmp_path):

@@ -99,7 +99,7 @@ def test_the_number_of_classes_can_be_set(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (dict(classes=4), "classes=4: the table has 6 rows, so there are 6 classes .no row for none. or 5"),
+        (dict(classes=4), "the table has 6 rows; choose 6 .no unconditional row. or 5 .last row unconditional."),
         (dict(heads=0), "heads=0: give a whole number, 1 or more"),
         (dict(heads="many"), "heads=many: give a whole number"),
         (dict(heads=5), "5 heads do not divide a width of 32"),

@@ -66,7 +66,7 @@ def test_what_is_saved_can_be_loaded(loaded, tmp_path):
     assert again.cfg == loaded.cfg and again.origin == read_origin(tmp_path / "out") == origin
     for path, value in loaded.params.items():
         np.testing.assert_array_equal(again.params[path], value)
-    with pytest.raises(InputError, match=r"this model draws latents: load\(SOURCE, .*\), such as somewhere$"):
+    with pytest.raises(InputError, match=r"outputs latents: decode them with load\(SOURCE, .*\), such as somewhere$"):
         again.sample(0, **FAST)
     assert autoencoder_example(4, None) == ", such as hf:stabilityai/sd-vae-ft-ema"
     others = (16, None), (4, Origin(AutoencoderConfig(scaling_factor=0.13025)))

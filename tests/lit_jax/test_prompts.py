@@ -53,8 +53,8 @@ def test_what_a_picture_is_drawn_from_is_checked():
     donor, autoencoder = SimpleNamespace(cfg=PixArtConfig(size=64)), SimpleNamespace(cfg=SimpleNamespace(factor=8))
     model = TextToImage(donor, None, start(), None, autoencoder)
     for how, words in (
-        (dict(prompts=5), "prompts are a text or a list of texts"),
-        (dict(prompts=["a", None]), "prompts are a text or a list of texts"),
+        (dict(prompts=5), "prompts must be a string or a list of strings"),
+        (dict(prompts=["a", None]), "prompts must be a string or a list of strings"),
         (dict(prompts="a", size=64), r"size is 64: give height and width in pixels, such as \(512, 768\)"),
         (dict(prompts="a", count=1.5), "count is 1.5: choose a whole number, 1 or more"),
         (dict(prompts="a", latents=np.zeros((1, 4, 64, 64))), r"latents have the shape \[1, 4, 64, 64\]: give \[1, 64"),

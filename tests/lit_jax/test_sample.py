@@ -142,7 +142,7 @@ def test_guidance_below_none(config, remarks):
     with pytest.raises(InputError, match="guidance is -1, which draws away from the class or prompt: give 1"):
         config(guidance=-1)
     assert config(guidance=1).guidance == 1 and remarks() == []
-    assert config(guidance=0).guidance == 0 and "0 draws without the class or prompt, 1 is no" in remarks()[0]
+    assert config(guidance=0).guidance == 0 and "0 ignores the class or prompt, 1 is no" in remarks()[0]
 
 
 def test_a_model_without_a_class_for_none_is_not_guided(lit, draw, mesh):

@@ -290,7 +290,7 @@ def test_a_run_on_pictures_resumes_and_says_what_it_was_trained_with(recipe, cac
     flags[-1] = str(tmp_path / "other")
     assert main(["sample", str(tmp_path / "whole"), *flags, "--guidance", "1"]) == 2
     assert "is not the text encoder that this model was trained with" in capsys.readouterr().err
-    with pytest.raises(InputError, match="read another text encoder: its answers to these captions mean nothing"):
+    with pytest.raises(InputError, match="was trained with another text encoder: make the cache with that one"):
         replace(cfg, teacher=str(known.parent), steps=1).train(tmp_path / "taught")
 
 
@@ -329,7 +329,7 @@ def test_the_held_out_error_is_that_of_the_noise(cache):
         (dict(text_encoder=""), "give --text-encoder SOURCE"),
         (dict(student=replace(LIT, text_width=64)), "text_width 192, the student 64: set student.text_width"),
         (dict(student=replace(LIT, channels=4)), "channels 2, the student 4: set student.channels"),
-        (dict(student=replace(LIT, text_tokens=20)), "reads 16 tokens, and the model is to read 20"),
+        (dict(student=replace(LIT, text_tokens=20)), "takes at most 16 tokens, the model asks for 20"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(recipe, tmp_path, changes, message):

@@ -93,9 +93,9 @@ def test_groups_that_disagree_are_a_guess_that_names_them(tmp_path):
 
 def test_arguments_that_are_not_understood_are_remarked(tmp_path, remarks):
     read({"args": ["train.py", "--prediction", "velocity"]}, tmp_path)
-    assert "'args', saved with the tensors, is a list without names, which is not read" in remarks()[0]
+    assert "the saved 'args' are a list without field names, so heirloom could not check" in remarks()[0]
     read({"args": dict(linear_start=1e-4, linear_end=0.02, beta_schedule="linear", schedule="cosine")}, tmp_path)
-    assert "'linear' is linear in the square root" in " ".join(remarks())
+    assert "'linear' means scaled-linear betas" in " ".join(remarks())
 
 
 def test_settings_of_other_things_are_no_reason_to_refuse(tmp_path, remarks):
@@ -118,7 +118,7 @@ def test_settings_of_other_things_are_no_reason_to_refuse(tmp_path, remarks):
 def test_a_schedule_that_may_be_the_learning_rates_is_remarked(setting, tmp_path, remarks):
     read({"args": dict(num_heads=4, model="DiT-S/2", num_classes=5) | setting}, tmp_path)
     (said,) = remarks()
-    assert said.endswith(", saved with the tensors, is taken for that of the learning rate")
+    assert said.endswith(", saved with the tensors, is assumed to be the learning-rate schedule")
     with pytest.raises(InputError, match=EVERY):
         read({"args": dict(diffusion=setting)}, tmp_path)
 

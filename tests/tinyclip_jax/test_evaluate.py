@@ -83,7 +83,7 @@ def test_identifiers_make_no_prompts(weights, pictures, tmp_path, capsys):
         shutil.copytree(pictures / name, tmp_path / other)
     assert zeroshot(weights, tmp_path) == 2
     said = capsys.readouterr().err
-    assert "its classes are called 'n01440764' and so on, which make no prompts: give --classes imagenet" in said
+    assert "class names are WordNet ids (n01440764 ...), which cannot be used in prompts: give --classes" in said
 
 
 def test_names_of_folders_become_words_of_prompts(weights, pictures, tmp_path, capsys):
@@ -251,8 +251,8 @@ def test_captions_of_several_pictures_are_said(weights, tmp_path, capsys):
     data = tmp_path / "a.csv"
     data.write_text("image,caption\n0.png,0 is 0\n1.png,0 is 0\n2.png,2 is 2\n")
     scored(weights, tmp_path, "--data", data)
-    said = "for a picture only its own copy of a caption counts as right, and a tie as wrong"
-    assert f"note: {data}: 2 of 3 captions stand at several pictures: {said}" in "".join(capsys.readouterr())
+    said = "only the picture's own copy counts as correct, and a tie as wrong"
+    assert f"note: {data}: 2 of 3 captions occur with several pictures: {said}" in "".join(capsys.readouterr())
 
 
 def test_zeroshot_on_clip_benchmarks_shards(weights, tmp_path, capsys):

@@ -142,7 +142,7 @@ def test_open_clips_own_model_file_is_told_from_its_folders(read):
         model = config.pop("model_cfg")
         config |= model
 
-    with pytest.raises(InputError, match=r"open_clip_config\.json: has no 'model_cfg': put open_clip's own file"):
+    with pytest.raises(InputError, match=r"open_clip_config\.json: has no 'model_cfg': put open_clip's config"):
         read("open_clip_f16", bare)
 
 
@@ -266,7 +266,7 @@ def test_pooling_and_mask_of_a_bare_file_are_said_set_or_refused(families, tmp_p
         with pytest.raises(InputError, match=f"it has {what}.*, and only open_clip_config.json says how it pools"):
             open_donor(file, families)
     save_file(clip | {"text.cls_emb": np.zeros(64, np.float16)}, file)
-    with pytest.raises(InputError, match="a CoCa of open_clip, which has a decoder of captions: only CLIPs are read"):
+    with pytest.raises(InputError, match="this is open_clip's CoCa, which also decodes captions; only CLIPs"):
         open_donor(file, families)
 
 

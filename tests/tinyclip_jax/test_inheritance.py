@@ -221,8 +221,8 @@ def test_trained_parts_of_the_donor_that_the_student_lacks_are_said(remarks):
     assert "the donor's eps is 1e-06, the student's 1e-05: the weights were" in said
     assert "the donor's eot is 3, the student's None" in said and "set student.text.projection to it" in said
     assert said.endswith(
-        "parameters of the donor are not inherited, as the student has none: image/blocks/attn_scale/scale,"
-        " image/blocks/mlp_scale/scale, logit_bias, text/projection/bias"
+        "the student does not have these parameters of the donor, so they are not inherited:"
+        " image/blocks/attn_scale/scale, image/blocks/mlp_scale/scale, logit_bias, text/projection/bias"
     )
     manual(PARTS, replace(PARTS, image=replace(PARTS.image, layer_scale=1e-5)))  # weights replace the initial value
     assert remarks() == []
@@ -231,11 +231,11 @@ def test_trained_parts_of_the_donor_that_the_student_lacks_are_said(remarks):
 @pytest.mark.parametrize(
     ("donor", "student", "message"),
     [
-        (TEACHER, PARTS, r"the student has image/blocks/.* the donor has not: set .*image\.layer_scale to 0\.0"),
+        (TEACHER, PARTS, r"the student has image/blocks/.* the donor does not: set .*image\.layer_scale to 0\.0"),
         (
             replace(TEACHER, image=replace(TEACHER.image, pre_norm=False)),
             STUDENT,
-            r"the student has image/.*, the donor has not: set student\.image\.pre_norm to False",
+            r"the student has image/.*, but the donor does not: set student\.image\.pre_norm to False",
         ),
     ],
 )

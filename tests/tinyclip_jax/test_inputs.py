@@ -201,7 +201,7 @@ def test_a_live_teacher_without_tokenizer_gets_the_students_tokens(folder, remar
     teacher = open_clip_model(str(folder))
     assert own_tokenizer(teacher) is None
     _check_teacher(teacher, TOKENIZER, Preprocess(16))
-    assert remarks() == [f"the teacher {folder} has no tokenizer that is read: it gets the student's tokens"]
+    assert remarks() == [f"the teacher {folder} has no tokenizer that heirloom can use; the student's is used"]
     longer = Tokenizer.train(["quick brown foxes", "jump over some lazy dogs", "without any haste"], 541)
     with pytest.raises(InputError, match=r"clip: the tokenizer has 541 ids, text\.vocab is 540"):
         _check_teacher(teacher, longer, Preprocess(16))

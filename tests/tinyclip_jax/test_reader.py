@@ -35,5 +35,5 @@ def test_a_text_that_is_too_long_is_cut_and_said(one_device, donor):
 
 
 def test_more_tokens_than_the_clip_reads_are_refused(donor):
-    with pytest.raises(InputError, match="reads 16 tokens, and the model is to read 17"):
+    with pytest.raises(InputError, match="takes at most 16 tokens, the model asks for 17"):
         text_reader(donor, 17)

@@ -134,18 +134,18 @@ def test_a_stage_runs_by_itself_when_the_one_before_is_there(recipe, whole, tmp_
 @pytest.mark.parametrize("flag", ["--steps", "--student.remat", "--masks.round_to", "--optim.warmup"])
 def test_a_flag_that_every_stage_has_for_itself_is_refused(flag):
     with pytest.raises(
-        InputError, match=rf"{flag} does nothing in this recipe, each stage has its own: set --stages\.0\.[a-z]+$"
+        InputError, match=rf"{flag} has no effect in this recipe: each stage has its own; set --stages\.0\.[a-z]+$"
     ):
         config.load("tinyclip/auto_63m_32", [flag, "none"])
     assert config.load("tinyclip/auto_63m_32", ["--stages.0.steps", "7"]).in_stage(1, "").steps == 7
 
 
 def test_flags_of_masks_need_masks_and_have_their_own_layers():
-    with pytest.raises(InputError, match=r"--masks\.target does nothing in .*no masks: set --masks\.prune_step"):
+    with pytest.raises(InputError, match=r"--masks\.target has no effect in .*no masks; set --masks\.prune_step"):
         config.load("tinyclip/emoji", ["--masks.target", "0.5"])
     masks = ["--masks.target", "0.5", "--masks.prune_step", "9"]
     assert config.load("tinyclip/emoji", masks).masks.target == 0.5
-    with pytest.raises(InputError, match=r"--depth-rule does nothing in .*where learned masks choose the layers"):
+    with pytest.raises(InputError, match=r"--depth-rule has no effect in .*: learned masks choose the layers"):
         config.load("tinyclip/emoji", [*masks, "--depth-rule", "even"])
 
 

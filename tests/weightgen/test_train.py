@@ -81,7 +81,7 @@ def test_flags_of_before_are_taken_and_said(remarks):
 
 @pytest.mark.parametrize("flag", ["--eval-every", "--eval_every"])
 def test_a_flag_that_would_do_nothing_is_refused(flag):
-    with pytest.raises(InputError, match="does nothing in this recipe, nothing is evaluated while it trains"):
+    with pytest.raises(InputError, match="has no effect in this recipe: nothing is evaluated while it trains"):
         config.load("weightgen/generator", [flag, "7"])
 
 

@@ -53,11 +53,11 @@ class GeneratorConfig:
         positive(self, "latent", "shots")
         between(self, "told", "labels", below=2**30)
         if self.prior == "linear" and self.condition in ("label", "chunk"):
-            raise InputError(f'a linear map of a {self.condition}\'s number means nothing: set prior to "none"')
+            raise InputError(f'prior "linear" does not work with condition "{self.condition}": set prior to "none"')
         if self.prior == "linear" and self.codec is not None:
-            raise InputError('a learned codec codes weights, not a linear prior\'s rest: set prior to "none"')
+            raise InputError('prior "linear" needs the PCA codec: set prior to "none", or use no learned codec')
         if (self.net is None) == (self.cut is None):
-            raise InputError("a generator is of a network (net) or of imported checkpoints (cut): give one of both")
+            raise InputError("set exactly one of net (a network) and cut (imported checkpoints)")
         if self.condition in ("label", "chunk") and self.labels < 1:
             number = "needs the number of tasks or chunks"
             raise InputError(f"labels is {self.labels}: the condition {self.condition} {number}")

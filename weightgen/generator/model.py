@@ -124,7 +124,7 @@ CONDITIONS: dict[str, Callable[[GeneratorConfig, int, nnx.Rngs], Any]] = {
 
 
 def fit_stage1(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, seed: int = 0, most: int = 4000) -> dict[str, np.ndarray]:
-    """What needs no training: the linear prior, and PCA of what it leaves, from at most `most` networks of the zoo."""
+    """Fits what needs no training: the linear prior, and PCA of its residual, on at most `most` networks of the zoo."""
     rng = np.random.default_rng(seed)
     rows = np.arange(len(zoo)) if len(zoo) <= most else np.sort(rng.choice(len(zoo), most, replace=False))
     tokens, fitted = zoo.tokens(rows), {}

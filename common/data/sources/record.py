@@ -146,7 +146,7 @@ def _list_in(text: str, key: str) -> list[str] | None:
                 return found
     if text[1:].lstrip()[:1] in ("'", '"'):
         needed = "write a list of strings in JSON, or a caption without brackets and quotes around it"
-        raise InputError(f"{key}: its caption begins as a list and is none ({text[:40]} ...): {needed}")
+        raise InputError(f"{key}: the caption looks like a list but cannot be parsed ({text[:40]} ...): {needed}")
     return None
 
 
@@ -187,7 +187,7 @@ def caption_lines(data: bytes, sidecar: Callable[[], bytes], where: AnyPath) -> 
     whole = about.get("caption") if isinstance(about, dict) else None
     if isinstance(whole, str) and _lines(whole) == lines:
         return whole
-    remark(f"{where}: a .txt with several lines has as many captions of its picture, as CLIP_benchmark writes them")
+    remark(f"{where}: each line of a .txt is one caption of its picture, as CLIP_benchmark writes them")
     return lines
 
 

@@ -128,7 +128,7 @@ def test_a_caption_with_line_breaks_is_one_where_the_json_says_so(tmp_path, pict
     lines = ["Sunset over the bay", "Taken with my new camera"]
     assert [source[i]["text"] for i in (1, 2, 3)] == [lines] * 3
     (said,) = remarks()
-    assert said.startswith(f"{tmp_path}: a .txt with several lines has as many captions of its picture")
+    assert said.startswith(f"{tmp_path}: each line of a .txt is one caption of its picture")
 
 
 def test_captions_in_sub_folders_are_read(tmp_path, picture, remarks):

@@ -98,8 +98,8 @@ def test_folders_are_matched_to_the_models_names(folders, remarks):
 def test_an_order_that_is_assumed_is_said(folders, remarks):
     data = folders("a", "b", "c")
     assert labels(open_labelled(data, "label", 3, ("eins", "zwei", "drei"))) == [0, 1, 2]
-    said = "its class 'a' is not one of the class names (eins, zwei, drei), but there are 3 of each"
-    assert remarks() == [f"{data.path}: {said}: its classes are numbered in their order (a, b, c)"]
+    said = "class names do not match ('a' is not one of eins, zwei, drei), but both have 3 classes"
+    assert remarks() == [f"{data.path}: {said}, so the data's order is used (a, b, c)"]
     # the names that match agree with the order
     assert labels(open_labelled(data, "label", 3, ("a", "bb", "c"))) == [0, 1, 2]
     with pytest.raises(InputError, match="its class 'c' does not match exactly one of the 3 known"):

@@ -43,7 +43,7 @@ def test_a_caption_with_brackets_is_a_caption(text):
 
 @pytest.mark.parametrize("text", ["['A dog.' 'Two dogs.']", "['A dog.'\n 'Two']", '["A dog.", 3]', "['A dog.', ...]"])
 def test_half_a_list_of_captions_is_refused(text):
-    with pytest.raises(InputError, match=r"row 1: its caption begins as a list and is none .*: write a list"):
+    with pytest.raises(InputError, match=r"row 1: the caption looks like a list but cannot be parsed .*: write a list"):
         captions(text, "row 1")
     with pytest.raises(InputError, match="a list of strings that is not empty"):
         captions("[]", "row 1")

@@ -114,7 +114,7 @@ def test_a_model_that_computes_no_numbers_scores_nothing(value):
     good, labels = np.eye(4, dtype=np.float32), np.arange(4)
     bad = good.copy()
     bad[2, 1] = value
-    said = r": NaN or infinite for 1 of 4 \(first: 2\); such a model has no score"
+    said = r": NaN or infinite for 1 of 4 \(first: 2\); cannot compute a score"
     for image, text in ((bad, good), (good, bad)):
         with pytest.raises(InputError, match=said):
             retrieval(image, text, labels, labels)
@@ -203,5 +203,5 @@ def test_a_json_list_is_a_list(tmp_path):
     assert read_templates(tmp_path / "t.json") == ("art of the {}", "a photo of a {}")
     for other in ('{"0": "cat"}', '["cat", 3]', '["cat", " "]', "[]", "['cat', 'dog']", "[\ncat\n]"):
         (tmp_path / "t.json").write_text(other)
-        with pytest.raises(InputError, match=r"t\.json begins as JSON does and is no list of strings"):
+        with pytest.raises(InputError, match=r"t\.json looks like JSON but is not a list of strings"):
             read_lines(tmp_path / "t.json")

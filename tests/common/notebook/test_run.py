@@ -40,7 +40,7 @@ def test_fields_are_arguments_and_nested_ones_dictionaries(tmp_path):
         ("tinyclip/emoji", dict(steps=0), "steps is 0: choose 1 or more"),
         ("lit/digits", {}, r"lit/digits is a recipe of lit_jax: call lit_jax\.train\('lit/digits'\)"),
         ("weightgen/zoo", {}, "is a recipe of weightgen"),
-        ("tinyclip/progressive_32", dict(steps=5), r"steps does nothing in this recipe, .*stages"),
+        ("tinyclip/progressive_32", dict(steps=5), r"steps has no effect in this recipe: .*stages"),
         (3, dict(steps=5), "int is no config: give the name of a recipe"),
     ],
 )

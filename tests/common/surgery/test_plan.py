@@ -225,7 +225,7 @@ W = "layer embed -> head head_dim|2 8 4 2"
         (
             (("**", {"heads": first(3)}),),
             dict(a=W),
-            r"maps the axis 'heads', which none of its parameters has; did you mean 'head'",
+            r"maps the axis 'heads', but none of its parameters has this axis; did you mean 'head'",
         ),
         (
             (("**", {}),),

@@ -175,8 +175,8 @@ def test_a_linear_prior_of_whole_networks_is_a_ridge_map():
 @pytest.mark.parametrize(
     ("given", "wrong"),
     [
-        ({"net": None}, "give one of both"),
-        ({"cut": chunks({"w": np.zeros(2)})}, "give one of both"),
+        ({"net": None}, "set exactly one of net"),
+        ({"cut": chunks({"w": np.zeros(2)})}, "set exactly one of net"),
         ({"condition": "label", "prior": "none"}, "labels is 0: the condition label needs the number"),
         ({"condition": "label"}, "set prior to"),
     ],
