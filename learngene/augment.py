@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.errors import InputError, between, positive
+from learngene.randaugment import RandAugment
 
 ERASED, ERASED_RATIO = (0.02, 1 / 3), 0.3  # area and narrowest aspect ratio of an erased box
 TRIES = 10  # draws before giving up
@@ -47,6 +48,8 @@ class AugmentConfig:
         between(self, "shift", "mixup", "cutmix")
         between(self, "flips", "erase", most=1.0)
         between(self, "smoothing", below=1.0)
+        if self.randaugment:
+            RandAugment.parse(self.randaugment)
         low, high = self.scale
         if not 0 < low <= high <= 1:
             raise InputError(f"scale is {self.scale}: choose the smallest and the largest share of the area, up to 1")

@@ -3,6 +3,7 @@
 No maintained library has timm's increasing operations without torch; the operations are Pillow's.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class RandAugment:
 
     magnitude: float
     spread: float
-    """Standard deviation of the magnitude."""
+    """Standard deviation of the magnitude; inf, as timm reads an mstd above 100: uniform from 0 up to it."""
     operations: int = 2
     fill: tuple[int, ...] = (124, 116, 104)
     """Fill colour for rotations and shifts: the mean of the data."""
@@ -34,17 +35,23 @@ class RandAugment:
     @classmethod
     def parse(cls, text: str, fill: tuple[int, ...] = fill) -> "RandAugment":
         """Parse timm's notation: m magnitude, mstd spread, n operations, inc1. Raises InputError for anything else."""
-        found = re.fullmatch(r"rand-m(\d+)(?:-n(\d+))?-mstd([\d.]+)-inc1", text)
+        found = re.fullmatch(r"rand-m(\d+)(?:-n(\d+))?-mstd(\d+\.?\d*|\.\d+)-inc1", text)
         if not found:
             raise InputError(f"randaugment {text!r} is not understood: write rand-m9-mstd0.5-inc1, or leave it empty")
-        return cls(magnitude=float(found[1]), spread=float(found[3]), operations=int(found[2] or 2), fill=fill)
+        spread = float(found[3]) if float(found[3]) <= 100 else math.inf
+        return cls(magnitude=float(found[1]), spread=spread, operations=int(found[2] or 2), fill=fill)
 
     def __call__(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
         for name in rng.choice(list(OPERATIONS), self.operations):
             if rng.random() < APPLIED:
-                magnitude = float(np.clip(rng.normal(self.magnitude, self.spread), 0, LARGEST)) / LARGEST
-                picture = OPERATIONS[name](picture, magnitude, rng, self.fill)
+                picture = OPERATIONS[name](picture, self._drawn(rng), rng, self.fill)
         return picture
+
+    def _drawn(self, rng: np.random.Generator) -> float:
+        """A magnitude as a share of the largest."""
+        uniform = self.spread == math.inf
+        drawn = rng.uniform(0, self.magnitude) if uniform else rng.normal(self.magnitude, self.spread)
+        return float(np.clip(drawn, 0, LARGEST)) / LARGEST
 
 
 def _signed(value: float, rng: np.random.Generator) -> float:

@@ -217,6 +217,11 @@ def hashes(file: Path) -> dict[str, str]:
     return {name: weights.sha256(file.parent / name) for name in parts(file)}
 
 
+def files(file: Path) -> list[Path]:
+    """Returns the paths of what a weights file consists of."""
+    return [file.parent / name for name in parts(file)]
+
+
 def parts(file: Path) -> list[str]:
     """Returns the names of what a weights file consists of: its shards, the files of a folder of orbax, or itself."""
     if file.is_dir():

@@ -70,7 +70,7 @@ def in_processes(rows: grain.MapDataset, count: int, workers: int, prefetch: int
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, and only absl programs parse them
     whole = rows.batch(count).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=-(-prefetch // workers))
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(1, -(-prefetch // workers)))
     return whole.mp_prefetch(options, worker_init_fn=_end_with_parent)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from heirloom.common import config
+from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError, Stopped, nearest, remark
 from heirloom.common.notebook.shown import Shown, figure_of, picture_of
 from heirloom.common.paths import METRICS, all_local, stages_of
@@ -35,6 +36,12 @@ class Trained(Shown, Generic[Model]):
     def _last(self) -> Path:
         """The folder of the run, or of its last stage."""
         return [self.folder, *stages_of(self.folder)][-1]
+
+    @property
+    def _steps(self) -> int:
+        """The steps of the run, or of its last stage."""
+        own = self._last / "config.json"
+        return int(read_json(own)["steps"]) if self._last != self.folder and own.is_file() else self.steps
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -76,7 +83,7 @@ class Trained(Shown, Generic[Model]):
     @property
     def unfinished(self) -> bool:
         """Whether the run stopped before its last step."""
-        return bool(self.steps) and (not self.metrics or self.metrics[-1]["step"] < self.steps)
+        return bool(self._steps) and (not self.metrics or self.metrics[-1]["step"] < self._steps)
 
     @property
     def first_batch(self) -> Image.Image:
@@ -93,7 +100,7 @@ class Trained(Shown, Generic[Model]):
 
     def _facts(self) -> tuple[str, dict[str, str]]:
         done = self.metrics[-1]["step"] if self.metrics else 0
-        title = f"{self.folder}: step {done:,}" + (f" of {self.steps:,}" if self.steps else "")
+        title = f"{self._last}: step {done:,}" + (f" of {self._steps:,}" if self._steps else "")
         losses = [line["loss"] for line in self.metrics if line["loss"] is not None]
         facts = {"loss": f"{losses[0]:.4g} at first, {losses[-1]:.4g} at last"} if losses else {}
         if self.scores:

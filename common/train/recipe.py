@@ -16,11 +16,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint.convert import first_format, hashes
+from heirloom.common.checkpoint.convert import files, first_format, hashes
 from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.staging import check_outside, staged
 from heirloom.common.checkpoint.state import Keep, steps_on_disk
-from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.checkpoint.weights import read_json, sha256, write_json
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError, between, check_seed, positive
@@ -172,6 +172,7 @@ def begin(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> Sessio
     keep = Keep(last=cfg.keep_last, every=cfg.keep_every, minutes=cfg.keep_minutes)
     run = Run.open(directory, asdict(cfg), keep=keep, defaults=partial(with_defaults, cfg=cfg))
     if run.finished(cfg.steps):
+        on_first(lambda: unchanged(run.directory))
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return None
     share_indexes(cfg)
@@ -199,23 +200,51 @@ def open_sources(parts: Parts, mesh: Mesh) -> Opened:
 def same_sources(run: Run, parts: Parts, opened: Opened) -> None:
     """Compares donor and teacher with those that the run began with, whose SHA-256 are in `RUN/sources.json`.
 
-    Reads the weights of a new run, and of a resume with another path. Raises InputError when these are others.
+    Reads the weights of a new run, and of a resume with another path, or with files of another size or time. Raises
+    InputError when these are others.
     """
     file, now = run.directory / "sources.json", {"donor": parts.donor, "teacher": parts.teacher}
     donors = {"donor": opened.donor, "teacher": opened.teacher}
     before: dict[str, Any] = read_json(file) if file.exists() else {}
     known = dict(before)
     for role, donor in donors.items():
-        if donor is None or before.get(role, {}).get("path") == now[role]:
+        if donor is None:
             continue
-        found = sorted(hashes(donor.file).values())
-        if role in before and before[role]["sha256"] != found:
-            moved = f"{now[role]} has other weights than the {role} that {run.directory} began with"
-            raise InputError(f"{moved} ({before[role]['path']}); give the same weights, or start a new run")
-        known[role] = {"path": now[role], "sha256": found}
+        found = {str(part.absolute()): _version(part) for part in files(donor.file)}
+        about: dict[str, Any] = {"path": now[role], "files": found}
+        if role in before and before[role] | about == before[role]:
+            continue
+        known[role] = about | {"sha256": sorted(hashes(donor.file).values())}
+        if role in before and before[role]["sha256"] != known[role]["sha256"]:
+            raise _others(now[role], role, run.directory, before[role]["path"])
     if known != before:
         with staged(file, force=True) as part:
             write_json(part, known)
+
+
+def unchanged(run: Path) -> None:
+    """Raises InputError where donor or teacher of a run have other weights now than it began with.
+
+    Reads the weights only where they are still there, with another size or time.
+    """
+    file = run / "sources.json"
+    for role, about in (read_json(file) if file.exists() else {}).items():
+        stored = {Path(part): version for part, version in about.get("files", {}).items()}
+        if not all(part.is_file() for part in stored) or all(_version(part) == stored[part] for part in stored):
+            continue
+        if sorted(map(sha256, stored)) != about["sha256"]:
+            raise _others(about["path"], role, run, about["path"])
+
+
+def _version(file: Path) -> list[int]:
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _others(source: str, role: str, run: Path, before: str) -> InputError:
+    where = "" if source == before else f" ({before})"
+    moved = f"{source} has other weights than the {role} that {run} began with{where}"
+    return InputError(f"{moved}; give the same weights, or start a new run")
 
 
 def train(

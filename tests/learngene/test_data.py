@@ -16,6 +16,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import start
 from learngene.augment import AugmentConfig
 from learngene.data import LOGITS, Example, decoded, evaluation, resident
+from learngene.randaugment import RandAugment
 
 PRE = Preprocess(size=8)
 
@@ -109,3 +110,15 @@ def test_resident_batches_cover_an_epoch_and_resume():
         resident(arrays, PipelineConfig(batch=16, seed=4), mesh).restore(state)
     with pytest.raises(InputError, match="fewer than a batch"):
         resident(arrays, PipelineConfig(batch=64), mesh)
+
+
+def test_randaugment_above_a_spread_of_100_is_uniform_as_in_timm():
+    drawn = RandAugment.parse("rand-m9-mstd101-inc1")._drawn
+    found = np.array([drawn(np.random.default_rng(i)) for i in range(500)])
+    assert 0 < found.min() < 0.02 and 0.88 < found.max() < 0.9  # 9 of 10
+
+
+@pytest.mark.parametrize("text", ["rand-m9-mstd0.5.1-inc1", "rand-m9-inc1", "rand-m9-mstd.-inc1"])
+def test_a_wrong_randaugment_is_refused_before_data_is_read(text):
+    with pytest.raises(InputError, match=rf"randaugment '{text}' is not understood: write rand-m9-mstd0.5-inc1"):
+        AugmentConfig(randaugment=text)

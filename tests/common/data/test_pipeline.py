@@ -132,6 +132,9 @@ def test_workers_change_nothing_and_resume(tmp_path, write_tar):
     workers.restore({**workers.state(), "batches": 4})
     same(take(workers, 2), whole[4:])
     workers.close()
+    none_ahead = stream(tokenizer, source, batch=4, workers=2, prefetch=0)
+    same(take(none_ahead, 1), whole[:1])
+    none_ahead.close()
 
 
 def test_resuming_another_stream_is_refused(tokenizer):

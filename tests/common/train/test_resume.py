@@ -1,6 +1,7 @@
 """What a resume may change, in words, and what damage to the files of a run leads to."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -165,7 +166,27 @@ def test_a_moved_donor_must_have_the_same_weights(tmp_path):
     moved.symlink_to(emoji().parts().open("embedded:emoji").path)
     begin(str(moved))
     changed = json.loads((tmp_path / "run" / "sources.json").read_text())
-    assert changed == {"teacher": {"path": str(moved), "sha256": record["teacher"]["sha256"]}}
+    assert changed["teacher"]["path"] == str(moved) and changed["teacher"]["sha256"] == record["teacher"]["sha256"]
+
+
+def test_other_weights_under_the_path_of_before_are_refused(tmp_path):
+    emoji().inherit(tmp_path / "teacher")
+    file = tmp_path / "teacher" / "model.safetensors"
+    parts, run = emoji(teacher=str(tmp_path / "teacher")).parts(), Run.open(tmp_path / "run", {})
+
+    def resume():
+        recipe.same_sources(run, parts, recipe.Opened(mesh=None, donor=None, teacher=parts.open(parts.teacher)))
+
+    resume()
+    os.utime(file, (1, 1))  # copied, with the same content
+    recipe.unchanged(run.directory)
+    resume()
+    file.write_bytes(file.read_bytes()[:-4] + bytes(4))
+    message = rf"{tmp_path / 'teacher'} has other weights than the teacher that {run.directory} began with; give the"
+    with pytest.raises(InputError, match=message):
+        resume()
+    with pytest.raises(InputError, match=message):
+        recipe.unchanged(run.directory)  # of a finished run
 
 
 @pytest.mark.parametrize(
