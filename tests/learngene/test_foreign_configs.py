@@ -267,6 +267,8 @@ def test_pictures_that_are_no_square_are_refused(golden, tmp_path):
         ("ijepa.embeddings.position_embeddings", "an I-JEPA of transformers, which has no class token"),
         ("encoder.layer.0.layernorm_before.weight", "a Hugging Face ViT needs its config.json next to the weights"),
         ("encoder.layers.encoder_layer_0.ln_1.weight", "a ViT of torchvision"),
+        ("layer.0.attention.q_proj.weight", "a DINOv3 of transformers, which has rotary positions"),
+        ("swin.encoder.layers.0.blocks.0.layernorm_before.weight", "a Swin of transformers, with windows"),
     ],
 )
 def test_lookalikes_are_named(tmp_path, key, message):
