@@ -51,6 +51,12 @@ def test_a_config_that_says_quantised_and_float8_are_refused(tmp_path):
         rank_checkpoint(str(tmp_path))
 
 
+def test_weights_that_mlx_packed_are_said_to_be_quantised(tmp_path):
+    save_file({"q.weight": np.zeros((32, 8), np.uint32), "q.scales": weights(32, 1)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"'q\.weight' has dtype U32.*quantised; take the original in bfloat16"):
+        rank_checkpoint(str(tmp_path))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_tensors_that_are_not_finite_are_all_named(value):
     broken = {f"h.{i}.w.weight": weights(16, 16, seed=i) for i in range(4)} | {"norm.weight": np.ones(4, np.float32)}
