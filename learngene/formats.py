@@ -38,6 +38,8 @@ LOOKALIKES = (
     Lookalike("encoder/layer/*/layer_scale1/lambda1", f"a DINOv2 of Flax, not read; {_TORCH}"),
     Lookalike("encoder/layer/*/layernorm_before/scale", f"a ViT without its classifier (FlaxViTModel); {_TORCH}"),
     Lookalike("beit/embeddings/*", f"a BEiT of transformers, which has relative positions; {_PLAIN}"),
+    Lookalike("layer.*.attention.q_proj.weight", f"a DINOv3 of transformers, which has rotary positions; {_PLAIN}"),
+    Lookalike("*encoder.layers.*.blocks.*.layernorm_before.weight", f"a Swin of transformers, with windows; {_PLAIN}"),
     Lookalike("encoder.layers.encoder_layer_*", "a ViT of torchvision, not read; take one of timm or transformers"),
 )
 

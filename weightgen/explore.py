@@ -22,7 +22,7 @@ from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.data.lines import split_lines
 from heirloom.common.errors import InputError, between, check_seed, positive
 from weightgen.metrics import Estimate
-from weightgen.ranking import check_share, rank, top
+from weightgen.ranking import BUFFER, check_share, rank, top
 from weightgen.search import Params, greedy, matched, noise_proposal, row_proposal
 
 
@@ -121,7 +121,8 @@ class LanguageModel:
         self.model, told = opened
         # transformers draws at random what a checkpoint lacks, and leaves out what it does not know.
         for kind in ("missing", "mismatched", "unexpected"):
-            if keys := sorted(map(str, told[f"{kind}_keys"])):
+            found = map(str, told[f"{kind}_keys"])
+            if keys := sorted(key for key in found if kind != "unexpected" or not BUFFER.search(key)):
                 what = f"{len(keys)} {kind} tensors, such as {keys[0]}"
                 raise InputError(f"{self.path} is not a whole {type(self.model).__name__}: {what}")
         self.model.eval()

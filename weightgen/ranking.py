@@ -20,15 +20,29 @@ from weightgen.zoo.lora import has_adapters
 
 IQR = 1.349  # interquartile range of a standard normal
 EMBEDDING = re.compile(
-    r"(embed(ding)?s?|embd)$|^embed_(tokens|in|positions)(_per_layer)?$|^(wte|wpe|shared|table|relative_attention_bias)$"
+    r"(embed(ding)?s?|embd|embeds_layer)$|^embed_((text_|audio_)?tokens|in|positions)(_per_layer)?$"
+    r"|^(wte|wpe|shared|table|emb|relative_attention_bias)$"
 )
 EMBEDDINGS = "embeddings"
 EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 BARE = re.compile(r"(\w+|decoder\.layers)\.\d+\.")  # saved without the head, which puts a prefix before the layers
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")  # a file with each expert in a tensor of its own
+# What transformers renames on loading, and regular expressions for either name, applied one after another.
+RENAMED = (
+    (r"\.block_sparse_moe\.(gate|router\.layer)\.", ".(block_sparse_moe|mlp).(gate|router|router.layer)."),
+    (r"\.block_sparse_moe\.", ".(block_sparse_moe|mlp)."),
+    (r"_tower\.vision_model\.", "_tower.(vision_model.)?"),
+)
+# The same in a model of pictures or sound, which has its language model as a part; `model.` alone is Qwen2-VL's.
+RENAMED_PARTS = (
+    (r"^(\w+_model)\.model\.", r"(\1.model|model.\1)."),
+    (r"^model\.(?!language_model\.|visual\.)", "model.(language_model.)?"),
+    (r"^(\w+_model\.)lm_head\.", r"(\1)?lm_head."),
+    (r"^(?!model\.|lm_head\.|\()", "(model.)?"),
+)
 WEIGHT = re.compile(r"(^|_)(weight|kernel)$|^w$")  # last part of a name: also in_proj_weight of torch, and w of Haiku
-# May hold -inf, and no weights.
-BUFFER = re.compile(r"mask$|attn\.(masked_)?bias$|inv_freq$|(cos|sin)_cached$|position_ids$")
+# May hold -inf, and no weights. A causal mask with the name of a bias has 4 axes, and its value for masked places none.
+BUFFER = re.compile(r"mask$|(?P<bias>(attn|attention)\.(masked_)?bias)$|inv_freq$|(cos|sin)_cached$|position_ids$")
 
 
 def snr(matrix: np.ndarray) -> float:
@@ -72,7 +86,7 @@ def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
     refuse_quantised(tensors)
     if adapter := next((name for name in tensors if has_adapters({name: tensors[name]})), None):
         raise InputError(f"{adapter} is of an adapter: merge it into its base model and rank that")
-    if broken := not_finite({name: tensor for name, tensor in tensors.items() if not BUFFER.search(name)}):
+    if broken := not_finite({name: tensor for name, tensor in tensors.items() if not _is_buffer(name, tensor)}):
         which = f"{len(broken)} of {len(tensors)} tensors ({listed(broken)})"
         raise InputError(f"NaN or infinity in {which}: take another checkpoint")
     matrices: dict[str, np.ndarray] = {}
@@ -101,15 +115,20 @@ def _kind(name: str) -> str:
     return ".".join(part for part in re.split(r"[/.@]", name) if not part.isdigit())
 
 
+def _is_buffer(name: str, tensor: np.ndarray) -> bool:
+    hit = BUFFER.search(name)
+    return hit is not None and (not hit["bias"] or tensor.ndim in (0, 4))
+
+
 def _left_out(name: str, tensor: np.ndarray, least: int) -> str:
     """Give the reason why a tensor is not ranked, or an empty string."""
     parts = [part for part in re.split(r"[/.@]", name) if not part.isdigit()] or [name]
     weight = WEIGHT.search(parts[-1])
     if parts[-1] in ("weight", "kernel") and len(parts) > 1:
         parts = parts[:-1]
-    if np.dtype(tensor.dtype).kind in "iubc" or BUFFER.search(name):
+    if np.dtype(tensor.dtype).kind in "iubc" or _is_buffer(name, tensor):
         return "buffers"
-    if EMBEDDING.search(parts[-1]):
+    if EMBEDDING.search(parts[-1]) or name == "transformer.w.weight":  # the latter is CTRL's
         return EMBEDDINGS
     if tensor.ndim < 2 or parts[-1].endswith("bias"):
         return "norms, biases and other vectors"
@@ -194,5 +213,12 @@ def command(args: Namespace) -> dict[str, Any]:
 
 
 def unfrozen(best: Sequence[Ranked]) -> str:
-    """Return a list of patterns in YAML, in Spectrum's form. Dots are not escaped: axolotl does that itself."""
-    return "unfrozen_parameters:\n" + "".join(f"- ^{one.name}$\n" for one in best)
+    """Return a list of patterns in YAML, in Spectrum's form. Dots are not escaped: axolotl does that itself.
+
+    A pattern matches the name in the file and the one that transformers gives on loading (its `conversion_mapping`).
+    """
+    parts = any(re.match(r"(language_model|text_model\.model|visual)\.", one.name) for one in best)
+    names = [one.name for one in best]
+    for pattern, either in RENAMED + (RENAMED_PARTS if parts else ()):
+        names = [re.sub(pattern, either, name) for name in names]
+    return "unfrozen_parameters:\n" + "".join(f"- ^{name}$\n" for name in names)

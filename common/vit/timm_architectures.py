@@ -42,7 +42,7 @@ OTHERS = {
 _OF_THE_TABLE = ("class", "embed_layer", "block_fn", "mlp_layer")
 # Arguments of training, initialisation, variable input sizes and loading, which do not change the function.
 HARMLESS = (
-    "drop_rate", "*_drop_rate", "drop_path_rate", "drop_block_rate", "weight_init", "fix_init", "dynamic_img_pad",
+    "drop_rate", "*_drop_rate", "drop_path_rate", "drop_block_rate", "weight_init", "fix_init",
     "device", "dtype", "out_indices", "pretrained_strict", "scriptable", "exportable", "no_jit",
 )  # fmt: skip
 
@@ -173,7 +173,8 @@ def _options(args: Fields, cfg: VitConfig) -> dict[str, Any]:
     args.agree("final_norm", args.boolean("final_norm", True), cfg.final_norm)
     args.agree("scale_attn_norm", args.boolean("scale_attn_norm", False), cfg.inner_norms)
     args.agree("scale_mlp_norm", args.boolean("scale_mlp_norm", False), cfg.inner_norms)
-    return dict(layer_scale=scale, any_size=any_size)
+    # timm pads pictures that patches do not fill; the ViT here would cut them, so that it reads none of other sizes.
+    return dict(layer_scale=scale, any_size=any_size and not args.boolean("dynamic_img_pad", False))
 
 
 def _placed(args: Fields, said: VitConfig, cfg: VitConfig) -> VitConfig:
@@ -183,6 +184,9 @@ def _placed(args: Fields, said: VitConfig, cfg: VitConfig) -> VitConfig:
     height, width = args.sides("img_size", cfg.picture)
     across = None if width == height else width
     said = replace(said, positions=placed, size=height, size_width=across)
+    if args.boolean("dynamic_img_pad", False) and (height % cfg.patch or width % cfg.patch):
+        fill = f"patches of {cfg.patch} px do not fill pictures of {height} x {width} px"
+        raise args.refusal("dynamic_img_pad", f"{fill}, and a ViT that pads them is not read")
     if said.count != cfg.count:
         if cfg.size_width is None:
             args.agree("no_embed_class", placed == "patches", cfg.positions == "patches")

@@ -145,6 +145,7 @@ def test_hugging_face_settings_that_shapes_cannot_tell(read):
         ),
         (args(img_size=[8, 16]), r"img_size is \[8, 16\], and the weights have 8"),
         (args(img_size=12), "img_size is 12, and the weights have 8"),
+        (args(img_size=9, dynamic_img_pad=True), "patches of 4 px do not fill pictures of 9 x 9 px"),
         (args(patch_size=[4, 2]), r"patch_size is \[4, 2\]; only squares"),
         (args(fc_norm=True), r"fc_norm is True \(a norm of the class token alone\)"),
         (args(global_pool="max"), "global_pool is 'max'"),
@@ -198,6 +199,8 @@ def test_timm_settings_that_shapes_cannot_tell(read):
     assert read("timm_cls", **harmless, model_type="timm_wrapper", do_pooling=True, torch_dtype="float32") == plain
     assert read("timm_cls", **args(dynamic_img_size=True)) == replace(plain, any_size=True)
     assert read("timm_cls", **args(img_size=[4, 16])) == replace(plain, size=4, size_width=16)
+    # of other sizes it would pad those that patches do not fill
+    assert read("timm_cls", **args(dynamic_img_size=True, dynamic_img_pad=True)) == plain
     assert read("timm_cls", **args(img_size=9)) == replace(plain, size=9)  # the last row of pixels is not read
 
 
@@ -264,6 +267,8 @@ def test_pictures_that_are_no_square_are_refused(golden, tmp_path):
         ("ijepa.embeddings.position_embeddings", "an I-JEPA of transformers, which has no class token"),
         ("encoder.layer.0.layernorm_before.weight", "a Hugging Face ViT needs its config.json next to the weights"),
         ("encoder.layers.encoder_layer_0.ln_1.weight", "a ViT of torchvision"),
+        ("layer.0.attention.q_proj.weight", "a DINOv3 of transformers, which has rotary positions"),
+        ("swin.encoder.layers.0.blocks.0.layernorm_before.weight", "a Swin of transformers, with windows"),
     ],
 )
 def test_lookalikes_are_named(tmp_path, key, message):

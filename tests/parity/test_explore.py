@@ -118,3 +118,12 @@ def test_a_checkpoint_that_is_not_the_whole_model_is_refused(change, wrong, fold
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=f"is not a whole GPT2LMHeadModel: {wrong}"):
         LanguageModel(str(copy), batch=4)
+
+
+def test_the_mask_of_a_gpt_neo_in_the_file_is_no_part_of_the_model(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    mask = {"bias": np.tril(np.ones((1, 1, 16, 16), np.uint8)), "masked_bias": np.array(-1e9, np.float32)}
+    tensors |= {f"transformer.h.0.attn.attention.{name}": value for name, value in mask.items()}
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    assert not any("attn.attention" in name for name in LanguageModel(str(copy), batch=4).tensors)

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError, Remark
-from weightgen.ranking import rank, rank_checkpoint, snr, top, unstacked
+from weightgen.ranking import Ranked, rank, rank_checkpoint, snr, top, unfrozen, unstacked
 
 
 def weights(*shape, seed=0):
@@ -51,6 +51,12 @@ def test_a_config_that_says_quantised_and_float8_are_refused(tmp_path):
         rank_checkpoint(str(tmp_path))
 
 
+def test_weights_that_mlx_packed_are_said_to_be_quantised(tmp_path):
+    save_file({"q.weight": np.zeros((32, 8), np.uint32), "q.scales": weights(32, 1)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"'q\.weight' has dtype U32.*quantised; take the original in bfloat16"):
+        rank_checkpoint(str(tmp_path))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_tensors_that_are_not_finite_are_all_named(value):
     broken = {f"h.{i}.w.weight": weights(16, 16, seed=i) for i in range(4)} | {"norm.weight": np.ones(4, np.float32)}
@@ -58,9 +64,16 @@ def test_tensors_that_are_not_finite_are_all_named(value):
         broken[name].flat[0] = value
     with pytest.raises(InputError, match=r"NaN or infinity in 2 of 5 tensors \(h\.1\.w\.weight, norm\.weight\)"):
         rank(broken)
-    masked = {"h.0.attn.bias": np.full((1, 1, 4, 4), -np.inf, np.float32), "h.0.w.weight": weights(16, 16)}
-    with pytest.warns(UserWarning, match=r"buffers: h\.0\.attn\.bias"):
-        assert [r.name for r in rank(masked)] == ["h.0.w.weight"]
+
+
+@pytest.mark.parametrize("prefix", ["h.0.attn", "h.0.attn.attention", "gpt_neox.layers.0.attention"])
+def test_the_mask_of_a_gpt_may_be_infinite_and_a_bias_may_not(prefix):
+    mask = {f"{prefix}.bias": np.full((1, 1, 4, 4), -np.inf, np.float32), "h.0.w.weight": weights(16, 16)}
+    mask[f"{prefix}.masked_bias"] = np.array(-np.inf, np.float16)  # -1e9 in half precision
+    with pytest.warns(UserWarning, match=rf"buffers: {re.escape(prefix)}\.bias, {re.escape(prefix)}\.masked_bias"):
+        assert [r.name for r in rank(mask)] == ["h.0.w.weight"]
+    with pytest.raises(InputError, match=rf"NaN or infinity in 1 of 3 tensors \({re.escape(prefix)}\.bias\)"):
+        rank(mask | {f"{prefix}.bias": np.full(4, np.inf, np.float32)})
 
 
 def test_the_order_falls_and_equal_ratios_go_by_name():
@@ -110,6 +123,16 @@ def test_a_head_that_is_tied_to_an_embedding_is_left_out_with_it():
     }
     with pytest.warns(Remark, match="embeddings: lm_head.weight, embed_tokens.weight"):
         assert [one.name for one in rank(tensors)] == ["layers.0.up.weight"]
+
+
+@pytest.mark.parametrize(
+    "name", ["emb", "transformer.w", "decoder.input_embeds_layer", "embed_text_tokens", "model.embed_audio_tokens"]
+)
+def test_embeddings_of_any_name_are_left_out(name):
+    with pytest.warns(Remark, match=f"embeddings: {name}.weight"):
+        assert [one.name for one in rank({f"{name}.weight": weights(64, 32), "h.0.w.weight": weights(32, 32)})] == [
+            "h.0.w.weight"
+        ]
 
 
 def test_shards_that_are_missing_or_double_are_named(tmp_path):
@@ -248,3 +271,24 @@ def test_names_without_the_prefix_of_the_base_model_are_said(name, said, tmp_pat
     save_file({f"{name}.weight": weights(32, 32)}, tmp_path / "model.safetensors")
     assert main(["rank", str(tmp_path), "--unfreeze", str(tmp_path / "x.yaml")]) == 0
     assert (f"{name}.weight is a name of a model without its head" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(
+    ("others", "name", "loaded"),
+    [
+        ((), "language_model.model.layers.0.up", "model.language_model.layers.0.up"),
+        ((), "language_model.lm_head", "lm_head"),
+        (("language_model.lm_head",), "multi_modal_projector.linear_1", "model.multi_modal_projector.linear_1"),
+        (("language_model.lm_head",), "vision_tower.vision_model.layers.0.fc1", "model.vision_tower.layers.0.fc1"),
+        (("visual.blocks.0.mlp.fc1",), "model.layers.0.mlp.up", "model.language_model.layers.0.mlp.up"),
+        ((), "visual.blocks.0.mlp.fc1", "model.visual.blocks.0.mlp.fc1"),
+        ((), "model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.gate"),
+        ((), "model.layers.0.mlp.up", None),
+        ((), "model.language_model.layers.0.mlp.up", None),
+    ],
+)
+def test_patterns_match_the_names_of_the_file_and_of_transformers(others, name, loaded):
+    listed = unfrozen([Ranked(f"{one}.weight", "", 1.0) for one in (name, *others)]).splitlines()
+    pattern = re.compile(re.sub(r"\.(?!\+)", "\\.", listed[1].removeprefix("- ")))  # as axolotl does
+    assert [one for one in (name, loaded) if one and not pattern.match(f"{one}.weight")] == []
+    assert (listed[1] == f"- ^{name}.weight$") == (loaded is None)

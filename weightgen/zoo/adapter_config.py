@@ -27,7 +27,7 @@ HARMLESS = ("task_type", "base_model_name_or_path", "revision", "inference_mode"
             "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
             "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
             "runtime_config", "merge_weights", "velora_config")  # fmt: skip
-PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base model as it is. Others (pissa, olora, loftq, corda) change it, so B A is not all
 of the update.
 """
@@ -73,7 +73,8 @@ def settings(about: Mapping[str, Any], label: str) -> LoraSettings:
         raise InputError(f"{label}: peft_type is {kind!r}; only LORA can be generated")
     if (bias := about.get("bias", "none")) != "none":
         raise InputError(f"{label}: bias is {bias!r}, so the base's biases were trained; only none can be generated")
-    if (begin := about.get("init_lora_weights")) not in PLAIN_STARTS:
+    begin = about.get("init_lora_weights")
+    if (begin.lower() if isinstance(begin, str) else begin) not in PLAIN_STARTS:  # as peft compares
         save = "save the adapter with path_initial_model_for_weight_conversion, then it is a plain one"
         raise InputError(f"{label}: init_lora_weights is {begin!r}, which changes the base model: {save}")
     for name, value in about.items():

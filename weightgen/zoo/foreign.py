@@ -27,14 +27,14 @@ SCHEMES = {
     "QuIP#": r"\.Qidxs$",
     "codes by AQLM, VPTQ or SpQR": r"\.(codebooks|centroids\.weight|dense_weights)$",
 }
-EIGHT_BIT_FLOATS = re.compile(r"has dtype (F8|F4|F6)")
+QUANTISED = re.compile(r"has dtype (F8|F4|F6)|weight' has dtype U32")  # floats of 8 bits and fewer; MLX packs into U32
 
 
 def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
     """Read all tensors of a checkpoint's files, memory-mapped.
 
     Raises InputError where a shard is missing, for several files that are no shards of one checkpoint, for slices of a
-    model-parallel one, for a tensor that is in two files, and for 8-bit floats.
+    model-parallel one, for a tensor that is in two files, and for weights of dtypes that are quantised.
     """
     _no_slices(files)
     _all_shards(files)
@@ -47,7 +47,7 @@ def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
         try:
             found = open_tensors(file)
         except InputError as error:
-            if EIGHT_BIT_FLOATS.search(str(error)):
+            if QUANTISED.search(str(error)):
                 take = "take the original in bfloat16 or float32"
                 raise InputError(f"{error}: its weights are quantised; {take}") from error
             raise

@@ -107,6 +107,8 @@ def test_harmless_and_absent_fields_change_nothing():
         "init_lora_weights": "eva",
     }
     assert settings(PEFT | harmless, "x").scale("m.q", 2) == 2.0
+    for start in ("mica", "Gaussian"):  # peft compares in lower case
+        assert settings(PEFT | {"init_lora_weights": start}, "x").scale("m.q", 2) == 2.0
     assert settings({"peft_type": "LORA"}, "x") == LoraSettings(ranks={}, alphas={})
 
 
