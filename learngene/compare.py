@@ -29,6 +29,7 @@ from heirloom.common.train.resume import difference, with_defaults
 from heirloom.common.vit.model import VitConfig
 from learngene import cost, relatives
 from learngene.config import ADAMW, Config, TeacherConfig
+from learngene.data import forget
 from learngene.evaluate import scorer
 from learngene.inputs import preprocess_of
 from learngene.labels import labels_of
@@ -154,6 +155,7 @@ def gene_config(student: VitConfig, kind: str) -> VitConfig:
 def compare(cfg: Comparison, directory: Path) -> dict[str, Any]:
     """Train all models, each in its own folder, and write `comparison.json`. Finished trainings are not repeated."""
     check(cfg)
+    forget()
     teacher = cfg.gene.teacher or train_model(cfg.teacher, directory / "teacher")
     kinds = dict.fromkeys(ARMS[name].gene for name in cfg.methods if ARMS[name].gene)
     gene = replace(cfg.gene, teacher=teacher)
@@ -176,7 +178,7 @@ def compare(cfg: Comparison, directory: Path) -> dict[str, Any]:
 
 def train_model(cfg: Config, folder: Path) -> str:
     """Train a recipe, or finish its training; returns the SOURCE of its model."""
-    cfg.train(folder)
+    recipe.run(cfg, folder)
     return str(folder / "model")
 
 
@@ -211,6 +213,7 @@ def curve(arm: Config, folder: Path) -> dict[str, Any]:
         if lines := difference(with_defaults(saved["config"], arm), about):
             set_back = "give a new --run, or set these fields back:"
             raise InputError("\n".join([f"{folder} was run with another config: {set_back}", *lines]))
+        recipe.unchanged(folder)
         return saved["result"]
     parts = resolve_once(arm.parts())
     before = recipe.evaluate(arm, parts).metrics

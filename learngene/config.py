@@ -1,6 +1,7 @@
 """Config of the training of a teacher, a gene or a descendant."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from jax.sharding import Mesh
@@ -11,7 +12,7 @@ from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.errors import InputError, between
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parts import Parts
-from heirloom.common.train.recipe import BaseConfig
+from heirloom.common.train.recipe import BaseConfig, unread_captions
 from heirloom.common.vit.model import VitConfig
 from learngene.augment import AugmentConfig
 from learngene.convnet import FAMILY as CONVNET
@@ -55,8 +56,8 @@ class Config(BaseConfig):
     """
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     preprocess: Preprocess = IMAGENET
-    """Mean, standard deviation, interpolation. Its size is set to the student's; without a resize, its margin is set by
-    `crop`.
+    """Mean, standard deviation, interpolation. It is scaled from its size to the student's; without a resize, its
+    margin is set by `crop`.
     """
     pipeline: PipelineConfig = field(default_factory=lambda: PipelineConfig(batch=512))
     crop: float = CROP
@@ -89,10 +90,31 @@ class Config(BaseConfig):
         loss = ("distill.kind", "distill.temperature", "distill.reduction")  # alpha is 0 then, which may be said
         return {"donor": ("method", "layers", "head"), "teacher": loss}
 
+    def idle(self) -> dict[str, str]:
+        """Fields that have no effect in this recipe, and why."""
+        out = super().idle() | {"preprocess.scale": "random crops are those of augment; set --augment.scale"}
+        out |= unread_captions(self)
+        if self.preprocess.resize is not None:
+            out["crop"] = "preprocess.resize sets the margin"
+            if (own := self.preprocess.size) != self.student.size:
+                scaled = f"preprocess.size is {own} and the student's {self.student.size}"
+                out["preprocess.resize"] = f"{scaled}; set --preprocess.size {self.student.size} too"
+        if self.teacher and not self.distill.alpha:
+            out["teacher"] = "distill.alpha is 0; set it above 0"
+        if self.teacher and self.distill.alpha == 1:
+            out["augment.smoothing"] = "distill.alpha is 1, which uses no labels; set it below 1"
+        return out
+
     def parts(self) -> Parts:
         from learngene.train import parts
 
         return parts(self)
+
+    def train(self, directory: Path) -> None:
+        from learngene.data import forget
+
+        forget()
+        super().train(directory)
 
     def check(self, mesh: Mesh) -> None:
         if getattr(self.student, "channels", 3) != 3:

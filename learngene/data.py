@@ -180,6 +180,12 @@ class Evaluation:
         return {"image": np.asarray(picture), "label": np.int32(record["label"])}
 
 
+def forget() -> None:
+    """Drop the pictures that `decoded` and `evaluation` keep: on disk there may be others by now."""
+    decoded.cache_clear()
+    evaluation.cache_clear()
+
+
 def columns(data: SourceConfig, logits: bool) -> SourceConfig:
     """Add the column of a teacher's cached logits, if `logits`."""
     return replace(data, columns=(*data.columns, LOGITS)) if logits else data

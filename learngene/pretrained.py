@@ -32,7 +32,7 @@ from learngene.compare import Comparison, report
 from learngene.compare import compare as compare_runs
 from learngene.config import Config
 from learngene.convnet import ConvConfig
-from learngene.data import evaluation
+from learngene.data import evaluation, forget
 from learngene.demo import figure_of
 from learngene.descendant import descendant, preprocess_for
 from learngene.evaluate import scorer
@@ -160,6 +160,7 @@ def evaluate(
     vit = load(model) if isinstance(model, str) else model
     check_one_class(vit.problem, "this model", "accuracy needs")
     source = SourceConfig(path=os.fspath(data), split=split, image=image, text="")
+    forget()
     held_out = evaluation(source, label, vit.pre, batch, vit.cfg.classes, vit.classes)
     return dict(scorer(vit.family, vit.cfg, held_out, vit.pre, start())(vit.params).metrics)
 

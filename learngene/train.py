@@ -208,7 +208,13 @@ def evaluator(cfg: Config, opened: Opened) -> Evaluator | None:
     """Accuracy on the held-out pictures; None without held-out data."""
     if not cfg.held_out.path:
         return None
-    pictures = held_out(cfg, names=trained_names(cfg, opened))
+    names = trained_names(cfg, opened)
+    pictures = held_out(cfg, names=names)
+    named = bool(getattr(pictures.source, "classes", ()))
+    if class_names(cfg, opened) is None and named != bool(names):
+        with_names, numbers = (cfg.held_out, cfg.data) if named else (cfg.data, cfg.held_out)
+        pairs = f"the numbers of {numbers.path} are taken for its classes in their order"
+        remark(f"{with_names.path} has names of classes: {pairs}")
     return Evaluator(score=scorer(cfg.family, cfg.student, pictures, cfg.pre, opened.mesh))
 
 

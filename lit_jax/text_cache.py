@@ -10,6 +10,7 @@
     CACHE/null.npy, null_mask.npy    [tokens, width] f16 and [tokens] bool: the empty text, with its padding
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.hub import absolute
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.caches import new_cache, write_columns
+from heirloom.common.data.content import content, samples
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.reading import mapped
 from heirloom.common.data.sources import Record, Source, SourceConfig, captions, open_source
@@ -58,12 +60,15 @@ def write_text_cache(
     text: TextEncoder | TowerEncoder,
     text_source: str,
     mesh: Mesh,
+    *,
+    ratios: str = "",
 ) -> dict[str, Any]:
     """Encode all pictures and captions of `data`; returns the content of `cache.json`.
 
     Captions are the column `data.text` and the `data.columns`. sizes: (height, width) in pixels; a picture goes to the
-    one whose ratio is nearest. The folder gets its name when it is complete. Raises InputError for a record without
-    picture or caption, for a value that float16 cannot hold, in a job of several processes, and if `folder` exists.
+    one whose ratio is nearest. ratios: their name in the recipe. The folder gets its name when it is complete. Raises
+    InputError for a record without picture or caption, for a value that float16 cannot hold, in a job of several
+    processes, and if `folder` exists.
     """
     source, names = open_source(data), [name for name in (data.text, *data.columns) if name]
     if "image" not in source[0] or not data.text:
@@ -85,9 +90,15 @@ def write_text_cache(
         used = [[*size, len(rows)] for size, rows in zip(sizes, members, strict=True) if rows]
         about = {"version": VERSION, "data": asdict(data), "records": len(source), "columns": names, "sizes": used}
         about |= {"text_encoder": absolute(text_source), "tokens": text.tokens, "width": text.width}
-        about |= {"autoencoder": absolute(autoencoder_source)}
+        about |= {"autoencoder": absolute(autoencoder_source), "ratios": ratios} | content_of(source, data)
         write_json(staging / ABOUT, about)
     return about
+
+
+def content_of(source: Source, data: SourceConfig) -> dict[str, Any]:
+    """The number of records, and hashes of some: by these a cache in a run folder is matched to the recipe's data."""
+    records = samples(source)
+    return content(source, records, [json.dumps(_columns(record, data)) for record in records])
 
 
 def _table_advice(source: Source, data: SourceConfig) -> str:

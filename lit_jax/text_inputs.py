@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.hub import absolute
-from heirloom.common.data.sources import SourceConfig
+from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, remark
 from heirloom.common.methods import locate_any
 from heirloom.common.paths import Address, place
@@ -25,7 +26,7 @@ from lit_jax.latents import cache_origin
 from lit_jax.origin import compare_latents, read_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.text.encoder import open_text
-from lit_jax.text_cache import TextCache, is_text_cache, write_text_cache
+from lit_jax.text_cache import TextCache, content_of, is_text_cache, write_text_cache
 from lit_jax.text_origin import same_encoder
 from lit_jax.text_progress import Drawer, prompt_drawer
 
@@ -50,8 +51,8 @@ def write_cache(cfg: "Config", data: SourceConfig, folder: Path) -> dict[str, An
     text = open_text(locate_any(cfg.text_encoder), tokens=cfg.student.text_tokens)
     factor = autoencoder.cfg.factor
     sizes = bucket_sizes(cfg.ratios, cfg.student.size * factor, cfg.student.patch * factor)
-    mesh = start()
-    return write_text_cache(folder, data, sizes, autoencoder, cfg.autoencoder, text, cfg.text_encoder, mesh)
+    sources = autoencoder, cfg.autoencoder, text, cfg.text_encoder
+    return write_text_cache(folder, data, sizes, *sources, start(), ratios=cfg.ratios)
 
 
 def open_caches(cfg: "Config", directory: Path | None) -> Caches:
@@ -96,10 +97,16 @@ def check_made_of(cfg: "Config", data: SourceConfig, cache: TextCache) -> None:
     models = ("autoencoder", "text_encoder")
     now = wanted | {name: absolute(getattr(cfg, name)) for name in models}
     then = cache.about["data"] | {name: absolute(cache.about[name]) for name in models}
+    made = {"ratios": cfg.ratios}
+    if then | now == then:
+        with suppress(InputError):  # the pictures may be gone: the cache has what the training reads
+            made |= content_of(open_source(data), data)
+    now |= {name: value for name, value in made.items() if name in cache.about}  # older caches have fewer
+    then |= {name: cache.about[name] for name in made.keys() & cache.about}
     for name, value in now.items():
         if then.get(name) != value:
-            made = f"{cache.folder} was made with {name} {then.get(name)!r}, the recipe has {value!r}"
-            raise InputError(f"{made}: remove it to encode the data again, or set it back")
+            given = f"{cache.folder} was made with {name} {then.get(name)!r}, the recipe has {value!r}"
+            raise InputError(f"{given}: remove it to encode the data again, or set it back")
 
 
 def check_cache(student: PixArtConfig, cache: TextCache) -> None:

@@ -60,8 +60,10 @@ def held_out_error(student: Model, data: TextCache, mesh: Mesh) -> Score:
             ]
         return float(np.concatenate(found).mean())
 
+    swapped = [_swapped(part, parts[i - 1]) for i, part in enumerate(parts)]
+
     def score(params: Mapping[str, Any]) -> Scored:
-        metrics = {"mse": error(params, parts), "mse_swapped": error(params, [_swapped(part) for part in parts])}
+        metrics = {"mse": error(params, parts), "mse_swapped": error(params, swapped)}
         return Scored(dataset=str(data.folder), n=len(where), metrics=metrics)
 
     return score
@@ -77,9 +79,11 @@ def _first_caption(data: TextCache) -> Callable[..., dict[str, Any]]:
     return first
 
 
-def _swapped(part: list[np.ndarray]) -> list[np.ndarray]:
-    """Gives every picture the text of the one half the rows away."""
+def _swapped(part: list[np.ndarray], other: list[np.ndarray]) -> list[np.ndarray]:
+    """Gives every picture the text of the one half the rows away; a single one the first text of another part."""
     noisy, step, noise, text, mask = part
+    if len(noisy) == 1:
+        text, mask = other[3][:1], other[4][:1]
     half = max(1, len(noisy) // 2)
     return [noisy, step, noise, np.roll(text, half, 0), np.roll(mask, half, 0)]
 

@@ -111,7 +111,8 @@ class Config(BaseConfig):
         return {"donor": ("keep",), "teacher": ("distill",), "prompts": ("sample",)}
 
     def idle(self) -> dict[str, str]:
-        return {} if self.stages else super().idle()  # later stages have their own donors and teachers
+        tags = {"pipeline.tags": "its captions are encoded before, without tags"}
+        return tags | ({} if self.stages else super().idle())  # later stages have their own donors and teachers
 
     def parts(self) -> Parts:
         return parts(self)

@@ -30,7 +30,7 @@ from heirloom.common.train.mesh import start
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher
-from heirloom.common.train.recipe import BaseConfig
+from heirloom.common.train.recipe import BaseConfig, unread_captions
 from heirloom.common.train.step import Batch, LossFn, LossOutput, Params, StepConfig, cast
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig
@@ -88,11 +88,11 @@ class Config(BaseConfig):
         between(self, "samples", below=2**30)
 
     def needs(self) -> dict[str, tuple[str, ...]]:
-        return {"donor": ("keep",), "teacher": ("distill",)}
+        return {"donor": ("keep",), "teacher": ("distill",), "samples": ("sample",)}
 
     def idle(self) -> dict[str, str]:
         off = "both weights of distill are 0; set --distill.noise above 0"
-        return super().idle() | ({} if self.distill.active else {"teacher": off})
+        return super().idle() | unread_captions(self) | ({} if self.distill.active else {"teacher": off})
 
     def parts(self) -> Parts:
         return parts(self)

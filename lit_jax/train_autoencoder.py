@@ -39,7 +39,9 @@ class Config(RunConfig):
 
     student: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     kl: float = 1e-6
-    """Weight of the KL divergence of the latents from N(0, 1), in nats of a whole picture (LDM: 1e-6)."""
+    """Weight of the KL divergence of the latents from N(0, 1), in nats of a whole picture, next to the mean error of a
+    value. LDM has 1e-6 next to the sum over all values, which would be 1e-6 / (3 x size x size) here.
+    """
     data: SourceConfig = field(default_factory=SourceConfig)
     """Pictures, cropped to student.size pixels."""
     held_out: SourceConfig = field(default_factory=SourceConfig)
@@ -77,7 +79,11 @@ def parts(cfg: Config) -> Parts:
 
 
 def loss_fn(cfg: Config, model: Model, teacher: Teacher | None) -> LossFn:
-    """Make the loss: absolute error of the pixels in [-1, 1], plus the weighted KL divergence."""
+    """Make the loss: absolute error of the pixels in [-1, 1], plus the weighted KL divergence.
+
+    Deviation: the error is the mean over the values of a picture. LDM's is the sum, so that the same weight of the KL
+    divergence is 3 x size x size times smaller there.
+    """
 
     def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> LossOutput:
         images, n = batch["image"], float(len(batch["image"]))

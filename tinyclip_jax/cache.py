@@ -17,6 +17,7 @@ from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import hashes
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.caches import new_cache, write_columns
+from heirloom.common.data.content import content, samples
 from heirloom.common.data.pipeline import check_record, evaluation_batches
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import ArraySource, Record, Source, SourceConfig
@@ -29,7 +30,7 @@ from tinyclip_jax.evaluate import BATCH, Setup
 
 TARGETS = ("teacher_image", "teacher_text")
 ABOUT = "cache.json"
-SAMPLES, CONTEXT = 64, 77  # captions, and tokens of each, whose hash identifies the data and the tokenizer
+CONTEXT = 77  # tokens of the captions whose hash identifies the tokenizer
 
 
 def write(
@@ -68,32 +69,24 @@ def write(
 
 def _of_data(source: Source, data: SourceConfig) -> dict[str, Any]:
     """The facts by which stored embeddings are matched to data."""
-    samples = _samples(source)
-    captions, pictures = "\n".join(_captions(samples)).encode(), sha256()
-    for record in samples:
-        image = record["image"]
-        pictures.update(image if isinstance(image, bytes) else np.asarray(image).tobytes())
+    records = samples(source)
     same = {name: getattr(data, name) for name in ("path", "split", "image", "text")}
-    same |= {"records": len(source), "first": samples[0]["key"], "last": samples[-1]["key"]}
-    return same | {"captions": sha256(captions).hexdigest()[:16], "pictures": pictures.hexdigest()[:16]}
+    same |= {"first": records[0]["key"], "last": records[-1]["key"]}
+    return same | content(source, records, _captions(records))
 
 
 def _of_model(source: Source, pre: Preprocess, tokenizer: CaptionTokenizer) -> dict[str, Any]:
     """The preprocessing, and a hash of the tokens of some captions."""
     fields = ((name, value) for name, value in asdict(pre).items() if name != "scale")
     seen = {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
-    tokens = tokenizer(_captions(_samples(source)), CONTEXT)
+    tokens = tokenizer(_captions(samples(source)), CONTEXT)
     return seen | {"tokens": sha256(tokens.tobytes()).hexdigest()[:16]}
 
 
-def _samples(source: Source) -> list[Record]:
-    return [source[int(i)] for i in np.linspace(0, len(source) - 1, min(SAMPLES, len(source)))]
-
-
-def _captions(samples: Sequence[Record]) -> list[str]:
-    for record in samples:
+def _captions(records: Sequence[Record]) -> list[str]:
+    for record in records:
         check_record(record)
-    return [r["text"] if isinstance(r["text"], str) else r["text"][0] for r in samples]
+    return [r["text"] if isinstance(r["text"], str) else r["text"][0] for r in records]
 
 
 class Cached:

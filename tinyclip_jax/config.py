@@ -39,6 +39,12 @@ class LossConfig:
         between(self, "alpha", most=1.0)
         between(self, "teacher_scale", least=1e-3)
 
+    def idle(self) -> dict[str, str]:
+        """Fields that have no effect, and why."""
+        learned = {"first_scale": "loss.scale is learned; set it to fixed"} if self.scale == "learned" else {}
+        unread = {"teacher_scale": "loss.alpha is 0 and loss.scale learned"} if learned and not self.alpha else {}
+        return learned | unread
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -128,9 +134,11 @@ class Config(BaseConfig):
         """Fields that have no effect in this recipe, and the field to set instead."""
         if self.stages:
             per_stage = {"student": "student", "steps": "steps", "masks": "masks", "optim.warmup": "warmup"}
-            return {name: f"each stage has its own; set --stages.0.{own}" for name, own in per_stage.items()}
+            out = {name: f"each stage has its own; set --stages.0.{own}" for name, own in per_stage.items()}
+            later = {"donor": f"stage {self.stage} inherits from the model of stage {self.stage - 1}"}
+            return out | (later if self.stage > 1 else {})
         masked = {"depth_rule": "learned masks choose the layers"} if self.masks.prune_step else {}
-        return super().idle() | masked
+        return super().idle() | masked | {"stage": "it has no stages"}
 
     def in_stage(self, n: int, donor: str) -> "Config":
         """Config of stage n = 1, 2, ... alone."""

@@ -140,6 +140,12 @@ class BaseConfig(RunConfig):
         return {name: f"it has no {source}; set --{source}, too" for source, names in missing.items() for name in names}
 
 
+def unread_captions(cfg: BaseConfig) -> dict[str, str]:
+    """Fields of captions, for `idle` of a recipe that reads none; to leave the column of them empty is no mistake."""
+    named = [f"{name}.text" for name in ("data", "held_out") if getattr(cfg, name).text]
+    return {name: "it reads no captions" for name in ("pipeline.tags", *named)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """An open run. frozen: the teacher's weights on the devices. data: the stream of batches."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from heirloom.common import config
 from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.cli import main
@@ -60,6 +61,14 @@ def test_an_old_folder_does_not_record_its_crop(folder_of, pictures, capsys):
     assert main([*command, "--crop", "0.5"]) == 0 and "crop" not in capsys.readouterr().out
     assert main([*command, "--crop", "1.5"]) == 2
     assert "crop is 1.5: choose a number from 0.01 to 1\n" in capsys.readouterr().err
+
+
+def test_a_resize_counts_pixels_at_the_students_size():
+    flags = ["--student.size", "384", "--preprocess.resize", "438"]
+    with pytest.raises(InputError, match=r"preprocess.size is 224 and the .* 384; set --preprocess.size 384 too"):
+        config.load("learngene/vit_s", flags)  # it would be scaled to 750
+    assert config.load("learngene/vit_s", [*flags, "--preprocess.size", "384"]).pre.resize == 438
+    assert config.load("learngene/vit_s", ["--preprocess.resize", "256"]).pre.resize == 256
 
 
 @pytest.mark.parametrize(

@@ -244,3 +244,21 @@ def test_numbers_of_a_donors_classes_keep_its_names(trained, folder_of):
     write_labels(donor, names)
     model = trained((0, 1, 2), ("blue", "red"), donor=str(donor), method="select")  # held-out data has the names
     assert read_labels(model) == names
+
+
+@pytest.mark.parametrize(("shown", "test"), [((0, 1, 2), ("cat", "ant", "bee")), (("cat", "ant", "bee"), (0, 1, 2))])
+def test_numbers_of_unknown_classes_next_to_names_are_remarked(one_device, tmp_path, remarks, shown, test):
+    for split, labels in (("train", shown), ("test", test)):
+        rows = "".join(f"{label}.png,{label}\n" for label in labels)
+        (tmp_path / f"{split}.csv").write_text(f"image,label\n{rows}")
+        for label in labels:
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{label}.png")
+    data, held_out = (SourceConfig(str(tmp_path / f"{split}.csv"), text="") for split in ("train", "test"))
+    cfg = Config(student=replace(CFG, classes=3), data=data)
+    opened = Opened(mesh=start(), donor=None, teacher=None)
+    train.evaluator(replace(cfg, held_out=held_out), opened)
+    names, numbers = (held_out, data) if 0 in shown else (data, held_out)
+    said = f"{names.path} has names of classes: the numbers of {numbers.path} are taken for its classes in their order"
+    assert remarks() == [said]
+    train.evaluator(replace(cfg, held_out=data), opened)
+    assert remarks() == []

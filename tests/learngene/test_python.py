@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import learngene
 from heirloom.common.errors import InputError
@@ -47,6 +48,16 @@ def test_a_descendant_of_the_genes_own_depth_computes_what_the_gene_does(gene):
     assert found.shape == (3, 3) and isinstance(found, np.ndarray)
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)
     np.testing.assert_allclose(found, gene.predict(pictures), atol=1e-6)
+
+
+def test_pictures_that_changed_are_scored_again(gene, tmp_path):
+    def scored(value):
+        for i, name in enumerate("abc"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (value, 80 * i, 40)).save(tmp_path / name / "0.png")
+        return learngene.evaluate(gene, tmp_path)["loss"]
+
+    assert scored(0) != scored(200)
 
 
 @pytest.mark.parametrize(

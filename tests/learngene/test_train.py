@@ -133,6 +133,18 @@ def test_what_is_finished_is_not_run_again(compared, comparison, monkeypatch):
         compare(changed, folder)
 
 
+def test_an_arm_of_another_gene_is_not_kept(compared, comparison, monkeypatch):
+    folder, results = compared
+    monkeypatch.setattr(Run, "fit", None)
+    gene = folder / "gene-sws" / "model" / "model.safetensors"
+    before = gene.read_bytes()
+    gene.write_bytes(before[:-4] + bytes(4))
+    with pytest.raises(InputError, match=r"gene-sws/model has other weights than the donor that .*/sws-4 began with"):
+        compare(comparison, folder)
+    gene.write_bytes(before)
+    assert compare(comparison, folder) == results
+
+
 def test_every_method_of_a_comparison_can_start(gene_config, compared):
     """Each arm's first parameters, out of drawn donors: fresh where it inherits nothing, elsewhere not."""
     folder, _ = compared

@@ -175,13 +175,13 @@ def test_parts_are_noted_so_that_they_are_found_from_another_folder(tmp_path, mo
 
 def test_a_cache_of_a_run_is_its_own_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg = SimpleNamespace(autoencoder="vae", text_encoder="embedded:emoji")
+    cfg = SimpleNamespace(autoencoder="vae", text_encoder="embedded:emoji", ratios="ten")
     noted = {"data": json.loads(json.dumps(asdict(SourceConfig()))), "text_encoder": "embedded:emoji"}
     for source in ("vae", str(tmp_path / "vae")):
         cache = SimpleNamespace(folder=tmp_path, about=noted | {"autoencoder": source})
         check_made_of(cfg, SourceConfig(), cache)
     with pytest.raises(InputError, match=r"was made with autoencoder .*vae', the recipe has .*other'"):
-        check_made_of(SimpleNamespace(autoencoder="other", text_encoder="embedded:emoji"), SourceConfig(), cache)
+        check_made_of(SimpleNamespace(**vars(cfg) | {"autoencoder": "other"}), SourceConfig(), cache)
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,23 @@ def test_the_held_out_error_is_that_of_the_noise(cache):
     read = held_out_error(Reading(), cache, start())({}).metrics
     assert abs(read["mse_swapped"] / read["mse"] - 1) > 1e-6
 
+    class Three:
+        """A picture of each size, of which one has another caption."""
+
+        groups = cache.groups[[0, 1, 17]]
+
+        def __getattr__(self, name):
+            return getattr(cache, name)
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return cache[(0, 1, 17)[index]]
+
+    read = held_out_error(Reading(), Three(), start())({}).metrics
+    assert abs(read["mse_swapped"] / read["mse"] - 1) > 1e-6
+
 
 @pytest.mark.parametrize(
     "changes, message",
@@ -363,11 +380,27 @@ def test_the_columns_of_a_cache_are_not_chosen_again(recipe, cache):
 
 
 def test_what_a_run_has_encoded_is_not_read_for_other_data(recipe, folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data, ignore=lambda root, names: [name for name in names if not name.endswith(("g", "v"))])
+    recipe = replace(recipe, data=SourceConfig(path=str(data / "pairs.csv")))
     open_caches(recipe, tmp_path)
     open_caches(recipe, tmp_path)
     other = replace(recipe, data=replace(recipe.data, text="long"))
     with pytest.raises(InputError, match=r"was made with text 'caption', the recipe has 'long': remove it"):
         open_caches(other, tmp_path)
+    with pytest.raises(InputError, match=r"was made with ratios 'ten', the recipe has 'square': remove it"):
+        open_caches(replace(recipe, ratios="square"), tmp_path)
+    before = (data / "0.png").read_bytes()
+    shutil.copy(data / "3.png", data / "0.png")
+    with pytest.raises(InputError, match=r"was made with pictures '\w+', the recipe has '\w+': remove it"):
+        open_caches(recipe, tmp_path)
+    (data / "0.png").write_bytes(before)
+    lines = (data / "pairs.csv").read_text()
+    (data / "pairs.csv").write_text(f"{lines}0.png,a plum,\n")
+    with pytest.raises(InputError, match=r"was made with records 30, the recipe has 31: remove it"):
+        open_caches(recipe, tmp_path)
+    shutil.rmtree(data)
+    open_caches(recipe, tmp_path)
 
 
 def test_latents_of_two_autoencoders_are_not_mixed(recipe, cache, folder, tmp_path):
