@@ -117,7 +117,8 @@ def write_deit(cfg: VitConfig, folder: Path) -> None:
     if (cfg.tokens, cfg.pool) == ("cls", "norm_mean") or (cfg.tokens == "cls+dist" and cfg.pool != "cls+dist"):
         # timm's distilled ViT has two heads.
         instead = "write --to timm" if cfg.tokens == "cls" else "keep the heirloom format"
-        raise InputError(f"a file without a config cannot store pool {cfg.pool!r} of tokens {cfg.tokens!r}; {instead}")
+        pooled = f"tokens {cfg.tokens!r} are pooled as {cfg.pool!r}"
+        raise InputError(f"a file without a config cannot store that {pooled}; {instead}")
 
 
 def _published_heads(cfg: VitConfig, known: bool) -> None:

@@ -95,7 +95,7 @@ def test_trained_sizes_are_known_for_autoencoders_that_shrink_eight_times(remark
     assert model.fitting((512, 768), exact=False) == drawn
     assert any("was trained on" in said for said in remarks()) == (factor == 8)
     assert model.fitting((512, 768), exact=True) == (512, 768)
-    assert any("no size that this model was trained on" in said for said in remarks()) == (factor == 8)
+    assert any("this model was not trained on pictures of" in said for said in remarks()) == (factor == 8)
 
 
 def test_prompts_are_read_from_all_three_kinds_of_files(tmp_path):
@@ -129,7 +129,7 @@ def test_json_is_read_as_such_whatever_the_name_of_its_file(tmp_path, name, cont
     ("name", "content", "layout", "says"),
     [
         ("p.json", '{\n"prompts": ["a"]\n}', "plain", "other JSON than a list of texts; give one prompt a line"),
-        ("p.json", '[{"prompt": "a"}]', "plain", "is no list of strings"),
+        ("p.json", '[{"prompt": "a"}]', "plain", "is not a list of strings"),
         ("parti.tsv", "Prompt\tCategory\na cow\tAnimals", "plain", "is a table; give one prompt a line"),
         ("parti.txt", "a cow\tAnimals", "plain", "is a table"),
         ("p.csv", "prompt\na cow", "plain", "is a table"),

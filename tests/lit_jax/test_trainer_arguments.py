@@ -203,7 +203,7 @@ def test_models_that_predict_something_else_are_refused(args, words, tmp_path):
 
 
 def test_a_refusal_of_a_setting_of_something_else_can_be_overruled(tmp_path, remarks):
-    with pytest.raises(InputError, match=r"trained with aux.objective hinge; .*: --set prediction=noise"):
+    with pytest.raises(InputError, match=r"trained with aux.objective hinge; .*, add --set prediction=noise"):
         read({"args": {"aux": {"objective": "hinge"}}}, tmp_path)
     read({"args": {"aux": {"objective": "hinge"}, "num_heads": 4}}, tmp_path, prediction="noise")
     (said,) = remarks()

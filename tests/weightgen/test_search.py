@@ -20,7 +20,7 @@ def test_greedy_search_keeps_only_what_selection_likes():
     half = search.interpolate(base, found.params, 0.5)
     np.testing.assert_allclose(half["w"], found.params["w"] / 2)
     np.testing.assert_allclose(search.soup([base, target])["w"], 1.0)
-    with pytest.raises(InputError, match="no models"):
+    with pytest.raises(InputError, match="nothing to average: no proposal was accepted"):
         search.soup([])
 
 

@@ -116,7 +116,7 @@ DAMAGES = {
     "charsmap": (lambda c: c["normalizer"].update(precompiled_charsmap="AAAA"), "is not readable as a tokenizer"),
     "cut": (lambda c: c.update(truncation={"direction": "Left"}), "truncation: direction is 'Left'; only models where"),
     "padded": (lambda c: c.update(padding={"direction": "Left"}), "padding: direction is 'Left'; only models where it"),
-    "added": (lambda c: c["added_tokens"].append({"id": 9, "content": "x"}), "the added token 'x' has id 9, where the"),
+    "added": (lambda c: c["added_tokens"].append({"id": 9, "content": "x"}), "the added token 'x' has id 9, "),
 }  # fmt: skip
 
 
