@@ -15,7 +15,8 @@ import numpy as np
 
 from benchmarks.t5_memory import write_encoder
 from heirloom.common.checkpoint.family import Family
-from heirloom.common.checkpoint.weights import create_safetensors, write_json
+from heirloom.common.checkpoint.weights import create_safetensors
+from heirloom.common.files import write_json
 from heirloom.common.nn.functional import functional
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.pixart import PixArtConfig, published_interpolation

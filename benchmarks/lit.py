@@ -35,8 +35,8 @@ from heirloom.common.demo import Race
 from heirloom.common.evaluate.extractor import open_extractor
 from heirloom.common.evaluate.fid import kid
 from heirloom.common.evaluate.generated import measurer
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.step import StepConfig
 from lit_jax.decode import to_uint8

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from benchmarks.draw_pipeline import write_random
 from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.mesh import batch_sharding, start
 from heirloom.common.nn.attention import softmax
 from heirloom.common.nn.functional import Functional, functional
-from heirloom.common.train.mesh import batch_sharding, start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.state import create_state
 from heirloom.common.train.step import LossFn, StepConfig, make_step

@@ -20,8 +20,8 @@ from benchmarks import bench
 from heirloom.common import config
 from heirloom.common.chips import peak_flops
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import start
 from lit_jax.dit import Dit
 from lit_jax.recipes import imagenet
 from lit_jax.sample import SampleConfig, drawer

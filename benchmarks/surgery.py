@@ -32,10 +32,10 @@ from benchmarks import bench
 from heirloom.common.checkpoint.convert import COPY, convert, open_donor
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import create_safetensors
+from heirloom.common.mesh import MeshConfig, shardings, start
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Plan, Source, apply
-from heirloom.common.train.mesh import MeshConfig, shardings, start
 from tinyclip_jax.inherit import manual
 from tinyclip_jax.model import Clip
 from tinyclip_jax.zoo import FAMILY, STUDENTS, VIT_B_32

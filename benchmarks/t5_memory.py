@@ -19,7 +19,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from heirloom.common.checkpoint.weights import create_safetensors, write_json
+from heirloom.common.checkpoint.weights import create_safetensors
+from heirloom.common.files import write_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.layout import Tensor
 from lit_jax.text.encoder import open_text

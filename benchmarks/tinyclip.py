@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from benchmarks import bench
 from heirloom.common import config
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.sources import SourceConfig
+from heirloom.common.files import read_json, write_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax.cost import parameters, total_macs

@@ -10,8 +10,9 @@ from typing import Any
 
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.verify import Check
-from heirloom.common.checkpoint.weights import ORBAX, read_json
+from heirloom.common.checkpoint.weights import ORBAX
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import read_json
 from heirloom.common.paths import METRICS
 from heirloom.common.train.metrics import MetricsFile, last_scores
 

@@ -72,7 +72,7 @@ def mesh_on(topology: Topology, cfg: Any) -> Any:
     from jax.experimental import mesh_utils
     from jax.sharding import AxisType, Mesh
 
-    from heirloom.common.train.mesh import sizes
+    from heirloom.common.mesh import sizes
 
     devices = describe(topology).devices
     shape = sizes(cfg, len(devices))

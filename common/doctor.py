@@ -34,7 +34,7 @@ def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from heirloom.common.train.mesh import devices
+    from heirloom.common.mesh import devices
 
     here = devices()
     kinds = sorted({d.device_kind for d in here})

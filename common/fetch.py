@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from heirloom.common.data.reading import retried
 from heirloom.common.errors import InputError, remark
 from heirloom.common.paths import Address, cache_root
+from heirloom.common.reading import retried
 
 CHUNK = 16 * 2**20  # bytes of a request
 PARALLEL = 4  # files downloaded at a time

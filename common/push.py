@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from heirloom.common.card import card, facts, warn_of_paths
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import staged
 
 CARD = "README.md"
 AGAIN = "the same command continues"

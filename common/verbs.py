@@ -306,8 +306,7 @@ def _by_the_method_that_has(args: argparse.Namespace, verb: str) -> None:
 
 def _write_json(args: argparse.Namespace, value: Any) -> None:
     if args.json:
-        from heirloom.common.checkpoint.staging import staged
-        from heirloom.common.checkpoint.weights import write_json
+        from heirloom.common.files import staged, write_json
 
         with staged(args.json, force=True) as file:
             write_json(file, value)

@@ -11,16 +11,15 @@ from rich.table import Table
 
 from heirloom.common import config
 from heirloom.common.checkpoint.family import Donor, Family
-from heirloom.common.checkpoint.staging import staged
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.errors import InputError, nearest, positive
+from heirloom.common.files import read_json, staged, write_json
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
 from heirloom.common.paths import METRICS
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train import recipe
-from heirloom.common.train.mesh import start
 from heirloom.common.train.metrics import MetricsFile, last_scores
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import load_params

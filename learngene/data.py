@@ -21,7 +21,7 @@ from heirloom.common.data.pipeline import PipelineConfig, host_rows
 from heirloom.common.data.preprocess import Preprocess, centre, random_box, resized
 from heirloom.common.data.sources import Record, Source, SourceConfig
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import batch_sharding, replicated
+from heirloom.common.mesh import batch_sharding, replicated
 from learngene.augment import AugmentConfig
 from learngene.randaugment import RandAugment
 

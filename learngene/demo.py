@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from heirloom.common import config
-from heirloom.common.checkpoint.staging import staged
+from heirloom.common.files import staged
 from learngene.compare import Comparison, compare, report
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError, between, positive
 from heirloom.common.evaluate.scored import Score, Scored
+from heirloom.common.mesh import replicated, split_rows, start
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
-from heirloom.common.train.mesh import replicated, split_rows, start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.vit.model import VitConfig
 from learngene.convnet import ConvConfig

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import write_json
 from heirloom.common.nn.mlp import HF_NAMES
 from heirloom.common.vit.model import VitConfig
 from learngene.bare_files import ordinary

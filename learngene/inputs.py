@@ -6,9 +6,9 @@ from typing import Any
 
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.unwrap import open_weights
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.preprocess_formats import IMAGENET_MEAN, IMAGENET_STD, Found, find, size_of, write
+from heirloom.common.files import read_json
 from learngene.labels import carry_labels
 from learngene.problem import carry_problem
 from learngene.trainer_arguments import preprocessing

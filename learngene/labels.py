@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.labelled import LABELS, read_labels, write_labels
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, write_json
 
 CONFIG = "config.json"
 

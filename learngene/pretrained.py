@@ -19,12 +19,12 @@ from heirloom.common.data.pictures import Picture
 from heirloom.common.data.preprocess import Preprocess, eval_images
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError, nearest, remark
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.model import Loaded, inherited
 from heirloom.common.notebook.run import Trained, configured, new_folder
 from heirloom.common.notebook.run import train as train_recipe
 from heirloom.common.notebook.shown import Shown, picture_of
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.vit.model import VitConfig
 from learngene import convnet

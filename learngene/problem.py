@@ -6,8 +6,8 @@
 from pathlib import Path
 
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import read_json, write_json
 
 CONFIG, FILE, FIELD = "config.json", "problem.json", "problem_type"
 ONE_CLASS = "single_label_classification"

@@ -5,8 +5,9 @@ from typing import Any
 
 from heirloom.common.checkpoint.family import Found, Read
 from heirloom.common.checkpoint.fields import Fields
-from heirloom.common.checkpoint.weights import Tensors, write_json
+from heirloom.common.checkpoint.weights import Tensors
 from heirloom.common.errors import InputError
+from heirloom.common.files import write_json
 from heirloom.common.vit.model import VitConfig
 from heirloom.common.vit.shapes import depth, refuse_other_parts, shapes
 from heirloom.common.vit.timm_architectures import arguments, parts, settings, sizes

@@ -17,11 +17,11 @@ from heirloom.common.data.pipeline import training_batches
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError, remark
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.plan import Plan, Resolution
 from heirloom.common.train.loop import Data
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher
 from heirloom.common.train.step import Batch, LossFn, LossOutput, Params, cast
 from learngene import ligo, relatives

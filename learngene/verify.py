@@ -21,7 +21,7 @@ from heirloom.common.checkpoint.verify import (
     quiet,
     reference_tensors,
 )
-from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.files import read_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.vit.formulas import formulas
 from heirloom.common.vit.model import Vit, VitConfig

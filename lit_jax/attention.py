@@ -11,10 +11,10 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import ROWS
 from heirloom.common.nn.block import Grid
 from heirloom.common.nn.dense import Dense, Sizes, param, uniform_fan_in, xavier_uniform, zeros
 from heirloom.common.nn.precision import add, product, widened
-from heirloom.common.train.mesh import ROWS
 from lit_jax.kernels import choice
 from lit_jax.linear_attention import Implementation, linear_attention
 

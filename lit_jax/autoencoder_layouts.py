@@ -13,8 +13,8 @@ from heirloom.common.checkpoint.family import Donor, Family, Format, Found, Look
 from heirloom.common.checkpoint.fields import AVERAGE
 from heirloom.common.checkpoint.flax_files import as_torch
 from heirloom.common.checkpoint.verify import RENAMED, Check, against, as_folder, compare, outputs
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, write_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.layout import Layout
 from heirloom.common.surgery.rows import Rows, module, modules

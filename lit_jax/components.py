@@ -14,9 +14,9 @@ from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.hub import absolute, local_path, locate
 from heirloom.common.checkpoint.pipeline import INDEX, MAIN, class_of, is_pipeline, plain_weights
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.labelled import LABELS, read_labels, write_labels
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import read_json, write_json
 from heirloom.common.methods import locate_any
 from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig

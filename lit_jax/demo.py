@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from heirloom.common import config
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.demo import Race
+from heirloom.common.files import staged
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
 from heirloom.common.train import recipe
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from lit_jax.icon_scores import Judge, read_icons
 from lit_jax.pixart import PixArt, parameters

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from heirloom.common.diffusion import Prediction, Sampler, Schedule, Times, dpm_solver
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import batch_sharding, filled_rows
+from heirloom.common.mesh import batch_sharding, filled_rows
 from heirloom.common.train.parts import Model
 from lit_jax.losses import split
 from lit_jax.pixart import PixArtConfig, Text

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from heirloom.common.checkpoint.staging import remove, replacing, staged
-from heirloom.common.checkpoint.weights import read_json, write_json
-from heirloom.common.data.reading import mapped
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.generated import read_images
+from heirloom.common.files import read_json, remove, replacing, staged, write_json
+from heirloom.common.reading import mapped
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from heirloom.common.errors import InputError, check_seed, positive, remark
 from heirloom.common.evaluate.extractor import open_extractor
 from heirloom.common.evaluate.generated import LEAST, Reference, check_reference, evaluate, read_reference
 from heirloom.common.fetch import fetch
+from heirloom.common.mesh import start
 from heirloom.common.paths import Address, place
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from lit_jax.data import cropped
 from lit_jax.decode import PictureDecoder, no_pictures, pictures_of

@@ -10,8 +10,9 @@ from typing import Any, get_args
 
 from heirloom.common.checkpoint.family import Donor, Format, Found, Guess, Lookalike, Read
 from heirloom.common.checkpoint.fields import AVERAGE
-from heirloom.common.checkpoint.weights import Tensors, write_json
+from heirloom.common.checkpoint.weights import Tensors
 from heirloom.common.errors import InputError
+from heirloom.common.files import write_json
 from heirloom.common.nn.adaln import EPS
 from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import agrees

@@ -15,7 +15,7 @@ from heirloom.common.arguments import refuse
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.grid import is_picture, save_grid
 from heirloom.common.errors import InputError, check_seed
-from heirloom.common.train.mesh import start
+from heirloom.common.mesh import start
 from heirloom.common.train.parameters import load_params
 from lit_jax.decode import PictureDecoder, no_pictures, pictures_of
 from lit_jax.dit import DitConfig

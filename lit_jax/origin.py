@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, write_json
 from heirloom.common.paths import AnyPath
 from heirloom.common.typed import from_json
 from lit_jax.autoencoder import AutoencoderConfig

@@ -12,8 +12,9 @@ import numpy as np
 
 from heirloom.common.checkpoint.family import Format, Found, Guess, Lookalike, Read
 from heirloom.common.checkpoint.fields import AVERAGE, Fields
-from heirloom.common.checkpoint.weights import Tensors, write_json
+from heirloom.common.checkpoint.weights import Tensors
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import write_json
 from heirloom.common.nn.adaln import EPS
 from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import agrees

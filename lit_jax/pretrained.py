@@ -17,11 +17,11 @@ from heirloom.common.checkpoint.convert import kept_provenance, open_donor
 from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.pipeline import is_pipeline, main_part
 from heirloom.common.errors import InputError, with_settings
+from heirloom.common.mesh import start
 from heirloom.common.methods import locate_any
 from heirloom.common.notebook.model import Loaded
 from heirloom.common.notebook.run import Trained
 from heirloom.common.notebook.run import train as train_recipe
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from lit_jax.autoencoder import AutoencoderConfig, scale_latents
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS

@@ -16,8 +16,8 @@ from heirloom.common.data.labelled import open_labelled
 from heirloom.common.diffusion import add_noise, linear_schedule
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.scored import Score, Scored
+from heirloom.common.mesh import replicated, split_rows
 from heirloom.common.paths import place
-from heirloom.common.train.mesh import replicated, split_rows
 from heirloom.common.train.parts import Model
 from lit_jax.data import Pixels, check_latent, is_latent, latents
 from lit_jax.decode import PictureDecoder

@@ -14,7 +14,7 @@ from heirloom.common.checkpoint.convert import parts
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.grid import is_picture
 from heirloom.common.errors import InputError, check_seed
-from heirloom.common.train.mesh import start
+from heirloom.common.mesh import start
 from lit_jax.aspect import parse_size
 from lit_jax.components import find_components
 from lit_jax.denoiser import PromptConfig

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.data.grid import grid
 from heirloom.common.data.lines import other_form, read_lines, split_lines
 from heirloom.common.errors import InputError
+from heirloom.common.files import staged
 
 Layout = Literal["plain", "geneval", "dpg"]
 SOFTWARE = "heirloom"

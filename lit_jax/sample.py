@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from heirloom.common.diffusion import Prediction, Sampler, Schedule, ddim, ddpm, dpm_solver, linear_schedule, respace
 from heirloom.common.errors import FLOAT32_MAX, InputError, nearest, remark
-from heirloom.common.train.mesh import batch_sharding, filled_rows, replicated
+from heirloom.common.mesh import batch_sharding, filled_rows, replicated
 from heirloom.common.train.parts import Model
 from lit_jax.dit import DitConfig, Modulation
 from lit_jax.losses import split

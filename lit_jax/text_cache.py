@@ -24,14 +24,14 @@ from rich.progress import track
 
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.hub import absolute
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.caches import new_cache, write_columns
 from heirloom.common.data.content import content, samples
 from heirloom.common.data.pictures import decode_record
-from heirloom.common.data.reading import mapped
 from heirloom.common.data.sources import Record, Source, SourceConfig, captions, open_source
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.features import embedder
+from heirloom.common.files import read_json, write_json
+from heirloom.common.reading import mapped
 from heirloom.common.train.parameters import load_params
 from lit_jax.aspect import nearest_ratio
 from lit_jax.autoencoder import AutoencoderConfig

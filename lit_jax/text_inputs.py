@@ -14,9 +14,9 @@ from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.hub import absolute
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, remark
+from heirloom.common.mesh import start
 from heirloom.common.methods import locate_any
 from heirloom.common.paths import Address, place
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parts import Model
 from lit_jax import autoencoder_layouts
 from lit_jax.aspect import Ratios, bucket_sizes

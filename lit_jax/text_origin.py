@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
 from heirloom.common.paths import AnyPath
 
 FILE = "empty_text.json"

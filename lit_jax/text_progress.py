@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from heirloom.common.diffusion import add_noise, linear_schedule
 from heirloom.common.evaluate.scored import Score, Scored
+from heirloom.common.mesh import split_rows
 from heirloom.common.nn.moments import Moments
-from heirloom.common.train.mesh import split_rows
 from heirloom.common.train.parts import Model
 from lit_jax.autoencoder import sample_latents
 from lit_jax.decode import PictureDecoder

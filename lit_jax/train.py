@@ -20,13 +20,13 @@ from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.diffusion import linear_schedule
 from heirloom.common.errors import InputError, between, remark
+from heirloom.common.mesh import start
 from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
 from heirloom.common.paths import place
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train.loop import Data
-from heirloom.common.train.mesh import start
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher

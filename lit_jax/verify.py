@@ -21,7 +21,7 @@ from heirloom.common.checkpoint.verify import (
     outputs,
     reference_tensors,
 )
-from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.files import read_json
 from heirloom.common.nn.block import Grid
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.position import sincos

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from heirloom.common.checkpoint import weights
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.cli import script
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.extractor import METHOD, Extractor, open_extractor
 from heirloom.common.evaluate.inception import Q8, Conv, Inception, blocks
+from heirloom.common.files import sha256, staged, write_json
 from heirloom.common.nn.functional import functional
 
 NAME = re.compile(r"InceptionV3/(?:InceptionV3/)?(?P<block>\w+)(?:/(?P<branch>Branch_\d))?(?:/\w+)?/weights_quant")
@@ -42,8 +42,8 @@ def main() -> None:
             folder.mkdir()
             weights.write_params(folder, found.params)
             weights.write_config(folder, METHOD, found.cfg)
-            weights.write_json(
-                folder / "provenance.json", {"source": args.source.name, "sha256": weights.sha256(args.source)}
+            write_json(
+                folder / "provenance.json", {"source": args.source.name, "sha256": sha256(args.source)}
             )
     except InputError as error:
         sys.exit(f"error: {error}")

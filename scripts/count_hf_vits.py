@@ -18,7 +18,7 @@ import transformers
 from counting import insert
 
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.files import read_json
 from learngene.zoo import FAMILY
 
 SIZES: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=12, patch_size=4)

@@ -26,8 +26,8 @@ from heirloom.common import config
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.data.text import Tokenizer
+from heirloom.common.mesh import MeshConfig
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import MeshConfig
 from tinyclip_jax.cost import parameters
 from tinyclip_jax.masks import MaskConfig
 from tinyclip_jax.model import Clip, ClipConfig

@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh
 
 import tinyclip_jax.train as manual
-from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import write_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.processes import gathered
 from heirloom.common.surgery.axes import Spec, matches

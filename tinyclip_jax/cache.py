@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import hashes
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.caches import new_cache, write_columns
@@ -25,6 +24,7 @@ from heirloom.common.data.sources.record import key_of
 from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError, remark
 from heirloom.common.fetch import origin
+from heirloom.common.files import read_json, write_json
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax.evaluate import BATCH, Setup
 
@@ -63,7 +63,7 @@ def write(
         write_columns(staging, len(source), parts())
         pre.save(staging)
         tokenizer.save(staging)
-        weights.write_json(staging / ABOUT, about)
+        write_json(staging / ABOUT, about)
     return about
 
 
@@ -100,7 +100,7 @@ class Cached:
         if not (folder / ABOUT).is_file():
             make = f"make one with heirloom cache RECIPE {folder}"
             raise InputError(f"{folder} is not a cache of embeddings, it has no {ABOUT}: {make}")
-        stored = asdict(Preprocess()) | weights.read_json(folder / ABOUT)  # old caches have fewer fields
+        stored = asdict(Preprocess()) | read_json(folder / ABOUT)  # old caches have fewer fields
         needed, own = _of_data(source, data), _of_model(source, pre, tokenizer)
         if "captions" not in stored:  # a cache of an older version, which knows its captions only as tokens
             needed = {name: value for name, value in (needed | own).items() if name != "captions"}

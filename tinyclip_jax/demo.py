@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from heirloom.common import config
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.data.pictures import decode
 from heirloom.common.data.pipeline import evaluation_batches
 from heirloom.common.data.sources import open_source
 from heirloom.common.demo import Race
+from heirloom.common.files import staged
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax.cost import parameters
 from tinyclip_jax.evaluate import Words, score_on, setup_of

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from heirloom.common import config
 from heirloom.common.arguments import arguments_of
 from heirloom.common.checkpoint.family import Donor
+from heirloom.common.data import imagenet
 from heirloom.common.data.class_names import as_words
 from heirloom.common.data.labelled import Labelled, open_labelled
 from heirloom.common.data.lines import read_lines
@@ -22,7 +23,6 @@ from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import FolderSource, Source, SourceConfig, TarSource, open_source, per_picture
 from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError, nearest, remark
-from heirloom.common.evaluate import imagenet
 from heirloom.common.evaluate.features import embedder, finite
 from heirloom.common.evaluate.retrieval import Recall, ambiguous, distinct, retrieval
 from heirloom.common.evaluate.scored import Score, Scored
@@ -33,8 +33,8 @@ from heirloom.common.evaluate.zeroshot import (
     classifier,
     read_templates,
 )
+from heirloom.common.mesh import start
 from heirloom.common.notebook.modules import make_callable
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.parts import Model
 from tinyclip_jax.inputs import preprocess_of, tokenizer_of

@@ -8,8 +8,8 @@ from typing import Any
 from heirloom.common.checkpoint.family import Found, Read
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.flax_files import as_torch
-from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import write_json
 from heirloom.common.nn.mlp import HF_ACTIVATIONS, HF_NAMES
 from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.resnet import ResNetConfig

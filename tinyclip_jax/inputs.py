@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.bad import BadMode
 from heirloom.common.data.pictures import Background
 from heirloom.common.data.pieces import PieceTokenizer
@@ -19,6 +18,7 @@ from heirloom.common.data.sources.record import tags_of
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.data.tokenizer_files import CaptionTokenizer, kind_of, load_tokenizer, same_ids
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import read_json, write_json
 from tinyclip_jax.model import TextConfig
 from tinyclip_jax.open_clip_folder import CLIP_VOCAB
 from tinyclip_jax.vit import VitImageConfig

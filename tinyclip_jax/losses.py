@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from heirloom.common.train.mesh import ROWS
+from heirloom.common.mesh import ROWS
 
 CHUNK = 1024  # rows of similarities in memory at a time
 NO_TARGET = -1e30  # the logit of a pair with target 0; finite, so that the difference of two such logits is finite

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from heirloom.common.checkpoint.family import Found, Guess, Read
 from heirloom.common.checkpoint.fields import Fields
-from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import write_json
 from heirloom.common.nn.mlp import Activation
 from heirloom.common.vit.shapes import HEADS
 from heirloom.common.vit.timm_architectures import CLASSES, arguments, ratio_of, settings, table

@@ -20,11 +20,11 @@ from heirloom.common.data.preprocess import Preprocess, eval_batches
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.model import Loaded, inherited
 from heirloom.common.notebook.run import Trained
 from heirloom.common.notebook.run import train as train_recipe
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax.evaluate import Setup, Words, score_on
 from tinyclip_jax.inherit import DepthRule, manual

@@ -8,7 +8,7 @@ import numpy as np
 from heirloom.common.checkpoint.family import Donor, TextReader
 from heirloom.common.errors import InputError, remark
 from heirloom.common.evaluate.features import embedder
-from heirloom.common.train.mesh import start
+from heirloom.common.mesh import start
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax.inputs import tokenizer_of
 from tinyclip_jax.model import ClipConfig

@@ -29,17 +29,17 @@ from jax.sharding import Mesh
 
 from heirloom.common.arguments import refuse
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.data.imagenet import CLASSES, TEMPLATES, is_class_list
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.sources import FolderSource, Record, SourceConfig, captions, open_source
 from heirloom.common.data.sources.record import read
 from heirloom.common.data.sources.splits import split_of
 from heirloom.common.errors import InputError, remark
-from heirloom.common.evaluate.imagenet import CLASSES, TEMPLATES, is_class_list
 from heirloom.common.evaluate.probe import probe
 from heirloom.common.evaluate.zeroshot import TEMPLATES as PLAIN
-from heirloom.common.train.mesh import start
+from heirloom.common.files import read_json
+from heirloom.common.mesh import start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.step import cast
 from tinyclip_jax.cost import parameters

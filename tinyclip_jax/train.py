@@ -16,13 +16,13 @@ from heirloom.common.data.pipeline import Augment, check_first_batch, training_b
 from heirloom.common.data.sources import open_source
 from heirloom.common.data.sources.record import Record
 from heirloom.common.errors import InputError, remark
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import unit
 from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train import recipe
 from heirloom.common.train.loop import Data
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher
 from heirloom.common.train.step import STATISTICS, Batch, LossFn, LossOutput, Params, cast
 from tinyclip_jax import cache

@@ -19,7 +19,7 @@ from heirloom.common.checkpoint.verify import (
     reference_tensors,
     torch_activation,
 )
-from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.files import read_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.vit.formulas import formulas
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, head_dim

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from heirloom.common.checkpoint.staging import staged
+from heirloom.common.files import staged
 from weightgen.few_shot import SHOTS, FewShotConfig, Result, compare
 from weightgen.metrics import as_json
 from weightgen.zoo.data import emoji_tasks

@@ -17,10 +17,9 @@ from rich.progress import Progress
 
 from heirloom.common import config
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.staging import staged
-from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.data.lines import split_lines
 from heirloom.common.errors import InputError, between, check_seed, positive
+from heirloom.common.files import staged, write_json
 from weightgen.metrics import Estimate
 from weightgen.ranking import BUFFER, check_share, rank, top
 from weightgen.search import Params, greedy, matched, noise_proposal, row_proposal

@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 from heirloom.common import config
 from heirloom.common.arguments import EVAL_OF_CLIPS, refuse
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.checkpoint.staging import staged
-from heirloom.common.checkpoint.weights import read_json, write_config, write_json, write_params
+from heirloom.common.checkpoint.weights import write_config, write_params
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, staged, write_json
 from weightgen.formats import D2NWG, GENERATOR, NETWORK
 from weightgen.generator.sample import SampleConfig
 from weightgen.metrics import accuracy

@@ -13,12 +13,12 @@ import numpy as np
 from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.data.pictures import Picture, several
 from heirloom.common.errors import InputError, check_seed, with_settings
+from heirloom.common.mesh import start
 from heirloom.common.methods import open_any
 from heirloom.common.notebook.model import Loaded
 from heirloom.common.notebook.run import Trained
 from heirloom.common.notebook.run import train as train_recipe
 from heirloom.common.notebook.shown import Shown
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from weightgen.formats import sidecars
 from weightgen.generate import check_finite, check_generates

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.unwrap import weights_files
 from heirloom.common.checkpoint.weights import is_folder, open_folder
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import staged
 from weightgen.zoo.foreign import listed, not_finite, read_tensors, refuse_quantised
 from weightgen.zoo.lora import has_adapters
 

@@ -9,8 +9,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.checkpoint.weights import read_json
-from heirloom.common.train.mesh import start
+from heirloom.common.files import read_json
+from heirloom.common.mesh import start
 from heirloom.common.train.parameters import load_params
 from weightgen.baselines import nearest_model, noisy, prototype
 from weightgen.d2nwg.model import D2nwgConfig

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.pictures import Picture
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, nearest
-from heirloom.common.train.mesh import start
+from heirloom.common.files import read_json
+from heirloom.common.mesh import start
 from heirloom.common.train.parameters import load_params
 from weightgen.d2nwg.model import D2nwgConfig
 from weightgen.d2nwg.model import sample as sample_d2nwg

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from heirloom.common.data.batches import Batches
 from heirloom.common.errors import InputError, positive
+from heirloom.common.mesh import row_shards, split_rows
 from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.axes import Spec
-from heirloom.common.train.mesh import row_shards, split_rows
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.parts import Parts, Shapes
 from heirloom.common.train.recipe import RunConfig

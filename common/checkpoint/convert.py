@@ -19,12 +19,12 @@ from heirloom.common.checkpoint.family import Donor, Family, Format, Found, Read
 from heirloom.common.checkpoint.flax_files import SUFFIX, write_flax
 from heirloom.common.checkpoint.names import clean_names, without_common
 from heirloom.common.checkpoint.quantized import quantized_views
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.unwrap import Weights, open_weights, weights_files, write_torch
 from heirloom.common.checkpoint.verify import OWN, RENAMED, UNQUANTIZED, Check, copy_companions, guarded
-from heirloom.common.checkpoint.weights import FILE, Tensors, read_json, write_json
+from heirloom.common.checkpoint.weights import FILE, Tensors
 from heirloom.common.errors import InputError, Remark, VerificationError, nearest, remark
 from heirloom.common.fetch import origin
+from heirloom.common.files import read_json, sha256, staged, write_json
 from heirloom.common.nn.functional import Functional, functional
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.layout import Tensor, View, own_tensors, own_views
@@ -214,7 +214,7 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
 
 def hashes(file: Path) -> dict[str, str]:
     """Returns the SHA-256 of a weights file, or of each shard or file that it consists of, by file name."""
-    return {name: weights.sha256(file.parent / name) for name in parts(file)}
+    return {name: sha256(file.parent / name) for name in parts(file)}
 
 
 def files(file: Path) -> list[Path]:

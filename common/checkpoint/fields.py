@@ -17,8 +17,8 @@ from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import FLOAT32_MAX, InputError, nearest
+from heirloom.common.files import read_json
 
 T = TypeVar("T")
 D = TypeVar("D")  # the type of a default

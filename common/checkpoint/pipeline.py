@@ -11,11 +11,11 @@ from typing import Any
 from heirloom.common.checkpoint.convert import OURS, convert
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantization import quantize_folder
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.unwrap import VARIANT, weights_files
 from heirloom.common.checkpoint.verify import Check
-from heirloom.common.checkpoint.weights import is_folder, read_json, write_json
+from heirloom.common.checkpoint.weights import is_folder
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import read_json, staged, write_json
 
 INDEX = "model_index.json"
 MAIN = ("transformer", "unet")  # the part that an inspection or an inheritance means

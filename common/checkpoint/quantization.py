@@ -8,10 +8,10 @@ from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import copied_from, hashes, open_donor, parts
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantized import QuantizedView, quantized_tensors, write_quantized
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.verify import UNQUANTIZED, Check, compare
-from heirloom.common.checkpoint.weights import FILE, read_json, write_json
+from heirloom.common.checkpoint.weights import FILE
 from heirloom.common.errors import InputError, VerificationError
+from heirloom.common.files import read_json, staged, write_json
 from heirloom.common.nn.quantized import INT8
 
 LEAST_COSINE = 0.95  # between outputs before and after: below this, the quantised model is another model

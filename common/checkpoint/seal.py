@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.checkpoint.staging import replacing
-from heirloom.common.checkpoint.weights import read_json, sha256
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, replacing, sha256
 
 MANIFEST = "sha256.json"
 MARK = {"sha256": MANIFEST}  # is part of a state's metadata, so that a lost manifest is noticed

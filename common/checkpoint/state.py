@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSeconds, EveryNSteps, LatestN
 
 from heirloom.common.checkpoint import seal
-from heirloom.common.checkpoint.staging import remove
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import remove
 from heirloom.common.processes import from_first, on_first, whole_on_first
 
 Tree = TypeVar("Tree")

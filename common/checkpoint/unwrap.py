@@ -18,8 +18,9 @@ import numpy as np
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.flax_files import SUFFIX, is_flax, open_flax
 from heirloom.common.checkpoint.pickled import Opaque, plain
-from heirloom.common.checkpoint.weights import Tensors, read_json
+from heirloom.common.checkpoint.weights import Tensors
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import read_json
 
 AVERAGE = re.compile(r"(^|(?<!\bnon)(?<!_non)[_.-])(emas?\d*|averaged?|avg|swa|shadow|polyak)([_.-]|$)", re.IGNORECASE)
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params", "net", "network", "weights")

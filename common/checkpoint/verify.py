@@ -23,8 +23,8 @@ from heirloom.common.checkpoint.flax_files import as_torch
 from heirloom.common.checkpoint.names import clean_names
 from heirloom.common.checkpoint.quantized import QuantizedView
 from heirloom.common.checkpoint.unwrap import open_weights
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import VerificationError
+from heirloom.common.files import read_json
 from heirloom.common.nn.quantized import QArray
 
 TOLERANCE = 1e-4

@@ -3,7 +3,6 @@
 A weights folder is `model.safetensors` (keys are our paths) with `config.json`; any safetensors reader can open it.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +20,9 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, write_json
 from heirloom.common.nn.quantized import INT8, QArray
-from heirloom.common.paths import METRICS, AnyPath, stages_of
+from heirloom.common.paths import METRICS, stages_of
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.layout import Tensor
 from heirloom.common.typed import Config
@@ -250,25 +250,3 @@ def unpadded(params: Mapping[str, Any], spec: Spec) -> Iterator[tuple[str, Any]]
                 yield f"{path}/{i}", value[(i, *(slice(n) for n in leaf.in_layer(i)))]
         else:
             yield path, value
-
-
-def read_json(path: AnyPath) -> dict[str, Any]:
-    """Reads a JSON object. Raises InputError when the file is not one."""
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes a value as indented JSON."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file as hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.errors import InputError
+from heirloom.common.files import staged
 
 
 @contextmanager

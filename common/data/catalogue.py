@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from heirloom.common.checkpoint.staging import replacing
 from heirloom.common.data.indexing import Facts, index_all
-from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.tar_index import DIGEST, cache_folder, remove_old
 from heirloom.common.errors import InputError, nearest, remark
+from heirloom.common.files import replacing
 from heirloom.common.paths import Address, AnyPath
+from heirloom.common.reading import Stamp, retried
 
 FILE = "heirloom.index"
 MANY = 64  # shards of a folder in a bucket from which on one listing is quicker than a request for each

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from heirloom.common.checkpoint.staging import staged
+from heirloom.common.files import staged
 
 
 def grid(pictures: np.ndarray, columns: int | None = None) -> Image.Image:

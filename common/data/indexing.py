@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from heirloom.common.data.reading import PICTURES, Stamp
 from heirloom.common.data.tar_index import index_shard
 from heirloom.common.errors import InputError
 from heirloom.common.paths import AnyPath, place
+from heirloom.common.reading import PICTURES, Stamp
 
 CAPTIONS = ("txt", "json")
 HERE = 2**26  # bytes of shards that are indexed in threads of this process: starting others would take longer

@@ -12,10 +12,10 @@ import numpy as np
 
 from heirloom.common.data.bad import WrongData, first_good
 from heirloom.common.data.class_names import Names, as_words, match, natural
+from heirloom.common.data.imagenet import is_class_list
 from heirloom.common.data.sources import Record, Source, SourceConfig, open_source
 from heirloom.common.data.sources.record import key_of
 from heirloom.common.errors import InputError, nearest, remark
-from heirloom.common.evaluate.imagenet import is_class_list
 from heirloom.common.paths import AnyPath
 
 LABELS = "labels.json"

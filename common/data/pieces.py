@@ -9,9 +9,9 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, models
 
-from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.data.text import clean, strings
 from heirloom.common.errors import InputError
+from heirloom.common.files import write_json
 
 REPAIR = "repair_text"  # field of tokenizer_config.json: `PieceTokenizer.repair`
 PROBE = "a photo of a cat"

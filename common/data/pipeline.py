@@ -24,7 +24,7 @@ from heirloom.common.data.sources import Record, Source
 from heirloom.common.data.sources.record import tags_of
 from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError, between, check_seed, positive
-from heirloom.common.train.mesh import batch_sharding, row_shards
+from heirloom.common.mesh import batch_sharding, row_shards
 
 AugmentName = Literal["random", "none"]
 ON_DEVICE = 2  # batches whose copy to the devices runs ahead of the step

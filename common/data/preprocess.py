@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.pictures import BACKGROUNDS, Background, Box, Picture, decode, is_one, several
 from heirloom.common.errors import InputError, nearest
+from heirloom.common.files import read_json, write_json
 
 RATIO = (3 / 4, 4 / 3)  # torchvision's default, which every CLIP recipe keeps
 TRIES = 10

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from heirloom.common.checkpoint.fields import Fields
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.pictures import Background
 from heirloom.common.data.preprocess import FILE, FILTERS, Channels, Mode, Preprocess
 from heirloom.common.errors import InputError, nearest, remark
+from heirloom.common.files import read_json, write_json
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 OPEN_CLIP, TIMM = "open_clip_config.json", "config.json"

@@ -23,11 +23,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from heirloom.common.checkpoint.staging import replacing
-from heirloom.common.data.reading import Stamp, mapped, retried
 from heirloom.common.data.tar_members import BLOCK, Member, members, split
 from heirloom.common.errors import InputError
+from heirloom.common.files import replacing
 from heirloom.common.paths import Address, AnyPath, cache_root
+from heirloom.common.reading import Stamp, mapped, retried
 
 SPAN = np.dtype([("offset", "<i8"), ("size", "<i8")])  # size -1: the sample has no such member
 STEM = "/stem"  # this field is not an extension: no extension has a slash

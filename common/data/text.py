@@ -14,8 +14,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
 
 SUFFIX = "</w>"  # end of a word: "cat</w>" is a word, "cat" the beginning of a longer one
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"

@@ -14,11 +14,11 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
 
 from heirloom.common.checkpoint.fields import Fields
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.pieces import REPAIR, PieceTokenizer
 from heirloom.common.data.sentencepiece import CONTROL, NORMAL, UNKNOWN, read_sentencepiece
 from heirloom.common.data.text import FILES, Tokenizer, check_ids, completed, read_about, readable
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import read_json
 
 JSON, SPIECE, CONFIG, NAMES = "tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json"
 OPEN_CLIP = "open_clip_config.json"

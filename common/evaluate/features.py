@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import replicated, split_rows
+from heirloom.common.mesh import replicated, split_rows
 
 Embed = Callable[[Mapping[str, Any], Any], jax.Array]
 

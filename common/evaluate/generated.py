@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from heirloom.common.data.reading import parsing
 from heirloom.common.errors import InputError, remark
 from heirloom.common.evaluate.extractor import Extractor
 from heirloom.common.evaluate.features import embedder
 from heirloom.common.evaluate.fid import Gaussian, Statistics, frechet_distance, inception_score, kid, precision_recall
 from heirloom.common.evaluate.inception import ADM, POOL, SPATIAL
-from heirloom.common.train.mesh import replicated
+from heirloom.common.mesh import replicated
+from heirloom.common.reading import parsing
 
 BATCH = 64
 LEAST = 10  # pictures that a score needs, generated and reference

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from heirloom.common.checkpoint.family import Family
-from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import check_seed
+from heirloom.common.files import write_json
 from heirloom.common.nn.functional import Functional
 from heirloom.common.notebook.shown import Shown, short
 from heirloom.common.paths import place

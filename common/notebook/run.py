@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from heirloom.common import config
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError, Stopped, nearest, remark
+from heirloom.common.files import read_json
 from heirloom.common.notebook.shown import Shown, figure_of, picture_of
 from heirloom.common.paths import METRICS, all_local, stages_of
 from heirloom.common.report.curves import numbers

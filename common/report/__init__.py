@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from heirloom.common.checkpoint.staging import staged
+from heirloom.common.files import staged
 from heirloom.common.paths import AnyPath
 from heirloom.common.report import compare, single
 from heirloom.common.report.shown import open_runs

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.labelled import LABELS, read_labels
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.scored import printed
 from heirloom.common.fetch import fetch_folder
+from heirloom.common.files import read_json
 from heirloom.common.paths import METRICS, Address, AnyPath, stages_of
 from heirloom.common.train import about
 from heirloom.common.train.metrics import MetricsFile, last_scores

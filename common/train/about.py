@@ -12,8 +12,7 @@ from typing import Any
 
 import jax
 
-from heirloom.common.checkpoint.staging import staged
-from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.files import read_json, staged, write_json
 from heirloom.common.train.agreement import versions
 
 FILE = "about.json"

@@ -8,8 +8,8 @@ import jax
 from jax.sharding import Mesh
 
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import batch_sharding, row_shards, shardings
 from heirloom.common.surgery.axes import Spec
-from heirloom.common.train.mesh import batch_sharding, row_shards, shardings
 from heirloom.common.train.parts import Shapes
 from heirloom.common.train.state import State
 from heirloom.common.train.step import Params, Step

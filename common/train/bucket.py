@@ -23,15 +23,15 @@ from typing import Any
 import jax
 
 from heirloom.common.checkpoint.seal import MANIFEST, METADATA
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError, Stopped, remark
 from heirloom.common.fetch import copy_of, download, fetch_folder
+from heirloom.common.files import read_json
+from heirloom.common.mesh import MeshConfig, start
 from heirloom.common.paths import Address, copy_of_run
 from heirloom.common.processes import together
 from heirloom.common.train.agreement import agree
 from heirloom.common.train.lease import FILE, STALE, Holder, await_silence
 from heirloom.common.train.liveness import outlive_others, watch_each_other
-from heirloom.common.train.mesh import MeshConfig, start
 
 PERIOD = 10.0  # seconds between two copies of what changed, which also say that this job lives
 WAITS = (1.0, 5.0, 20.0, 60.0)  # seconds before the next tries of a request that failed

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.checkpoint.staging import alive
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import alive
 from heirloom.common.paths import AnyPath
 
 FILE = "lease.json"

@@ -18,11 +18,10 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from heirloom.common.checkpoint.staging import replacing
 from heirloom.common.checkpoint.state import KEEP, Checkpoints, Keep, steps_on_disk
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.chips import peak_flops
 from heirloom.common.errors import InputError, Stopped, remark
+from heirloom.common.files import read_json, replacing
 from heirloom.common.paths import METRICS, local, stages_of
 from heirloom.common.processes import on_first
 from heirloom.common.train.bad_samples import BAD_SAMPLES, BadSamples, Feed

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import jax
 import numpy as np
 
-from heirloom.common.checkpoint.staging import replacing
 from heirloom.common.data.bad import Delivered
 from heirloom.common.errors import InputError
+from heirloom.common.files import replacing
 from heirloom.common.train.bad_samples import BadSamples
 from heirloom.common.train.writers import Writer
 

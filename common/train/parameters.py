@@ -12,15 +12,15 @@ from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import COPY
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantized import QuantizedView
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import staged
+from heirloom.common.mesh import shardings
 from heirloom.common.nn.quantized import INT8, QArray, quantized
 from heirloom.common.paths import AnyPath
 from heirloom.common.processes import gathered, together
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.layout import View
-from heirloom.common.train.mesh import shardings
 from heirloom.common.train.state import State
 from heirloom.common.typed import Config
 

@@ -18,14 +18,14 @@ from jax.sharding import Mesh
 
 from heirloom.common.checkpoint.convert import files, first_format, hashes
 from heirloom.common.checkpoint.family import Donor, Family
-from heirloom.common.checkpoint.staging import check_outside, staged
 from heirloom.common.checkpoint.state import Keep, steps_on_disk
-from heirloom.common.checkpoint.weights import read_json, sha256, write_json
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError, between, check_seed, positive
 from heirloom.common.evaluate.scored import Scored
 from heirloom.common.fetch import origin
+from heirloom.common.files import check_outside, read_json, sha256, staged, write_json
+from heirloom.common.mesh import MeshConfig, shardings, start
 from heirloom.common.nn.functional import functional
 from heirloom.common.processes import on_first
 from heirloom.common.surgery.graft import graft
@@ -37,7 +37,6 @@ from heirloom.common.train.agreement import agree, one_place, versions
 from heirloom.common.train.bucket import apart, share, shown
 from heirloom.common.train.liveness import watch_each_other
 from heirloom.common.train.loop import Cadence, Data, Run
-from heirloom.common.train.mesh import MeshConfig, shardings, start
 from heirloom.common.train.optim import OptimConfig, frozen_paths, make_optimizer
 from heirloom.common.train.parameters import best, finite, load_params, save_params
 from heirloom.common.train.parts import Look, Opened, Parts, Place, Teacher

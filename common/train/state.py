@@ -9,8 +9,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import DictKey
 
+from heirloom.common.mesh import replicated, shardings
 from heirloom.common.surgery.axes import Spec
-from heirloom.common.train.mesh import replicated, shardings
 
 
 @jax.tree_util.register_dataclass

@@ -10,8 +10,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from heirloom.common.errors import InputError, between, check_seed, positive
+from heirloom.common.mesh import ROWS, batch_sharding, replicated, row_shards, shardings
 from heirloom.common.surgery.axes import Spec
-from heirloom.common.train.mesh import ROWS, batch_sharding, replicated, row_shards, shardings
 from heirloom.common.train.optim import is_statistic
 from heirloom.common.train.state import State, state_shardings
 

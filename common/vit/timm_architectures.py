@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from heirloom.common.checkpoint.fields import Fields
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError, nearest
+from heirloom.common.files import read_json
 from heirloom.common.vit.model import Positions, VitConfig
 
 FILE = Path(__file__).with_name("timm_architectures.json")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from heirloom.common.checkpoint.staging import replacing
 from heirloom.common.checkpoint.unwrap import weights_files
-from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors, read_json
+from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import read_json, replacing
 from heirloom.common.surgery.layout import Tensor
 
 VERSION = 1  # of what is computed: another number forgets all features

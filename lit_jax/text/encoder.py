@@ -15,8 +15,9 @@ import numpy as np
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor, Family
-from heirloom.common.checkpoint.weights import is_folder, of_run, read_json
+from heirloom.common.checkpoint.weights import is_folder, of_run
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
 from heirloom.common.methods import families
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import RmsNorm

@@ -10,8 +10,9 @@ import numpy as np
 
 from heirloom.common.checkpoint.family import Donor, Family, Format, Found, Guess, Lookalike, Read
 from heirloom.common.checkpoint.fields import TRANSFORMERS, Fields
-from heirloom.common.checkpoint.weights import Tensors, write_json
+from heirloom.common.checkpoint.weights import Tensors
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import write_json
 from heirloom.common.surgery.layout import Layout, release
 from heirloom.common.typed import from_json
 from lit_jax.text.t5 import T5Config, T5Encoder, macs, parameters

@@ -10,10 +10,10 @@ import tokenizers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from heirloom.common.checkpoint.fields import Fields
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.sentencepiece import BYTE, CONTROL, USER_DEFINED, read_sentencepiece
 from heirloom.common.data.text import readable, strings
 from heirloom.common.errors import InputError, remark
+from heirloom.common.files import read_json
 
 WHOLE, PIECES = "tokenizer.json", "spiece.model"  # either is enough
 ADDED, CONFIG, SPECIAL = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"

@@ -5,7 +5,7 @@ import pytest
 from heirloom.common import config
 from heirloom.common.compile import Topology, advice
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import start
+from heirloom.common.mesh import start
 from lit_jax.train import Config
 
 

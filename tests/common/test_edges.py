@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from heirloom.common import config, paths, verbs
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.verify import guarded
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
+from heirloom.common.files import staged
 from heirloom.common.paths import all_local, local
 from heirloom.common.train.loop import Run
 

@@ -16,8 +16,9 @@ from safetensors import safe_open
 
 from heirloom.common import cli
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import open_safetensors, read_json, write_json
+from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.fetch import origin
+from heirloom.common.files import read_json, write_json
 from learngene.zoo import FAMILY
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vit" / "timm_cls"

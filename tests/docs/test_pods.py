@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.cli import main
+from heirloom.common.files import read_json
 from heirloom.common.paths import Address, place
 from tests.common.buckets.conftest import cache, gs  # noqa: F401
 

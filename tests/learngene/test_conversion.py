@@ -9,8 +9,9 @@ import pytest
 
 from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.unwrap import open_tensors
-from heirloom.common.checkpoint.weights import open_safetensors, read_json, write_json
+from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, write_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.vit.layouts import google, sws, tleg
 from heirloom.common.vit.model import Vit, VitConfig

@@ -13,7 +13,7 @@ from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import start
+from heirloom.common.mesh import start
 from learngene.augment import AugmentConfig
 from learngene.data import LOGITS, Example, decoded, evaluation, resident
 from learngene.randaugment import RandAugment

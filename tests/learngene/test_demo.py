@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from heirloom.common import config
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.cli import main
 from heirloom.common.data.sources import SourceConfig
+from heirloom.common.files import read_json
 from learngene import demo
 from learngene.convnet import ConvConfig
 from learngene.zoo import open_classifier

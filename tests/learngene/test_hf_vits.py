@@ -12,10 +12,11 @@ from safetensors.numpy import save_file
 
 import learngene
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import open_safetensors, read_json
+from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.cli import main
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.errors import InputError, Remark
+from heirloom.common.files import read_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.vit.model import Vit, VitConfig
 from learngene import relatives

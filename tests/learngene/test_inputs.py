@@ -9,11 +9,11 @@ from PIL import Image
 
 from heirloom.common import config
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.cli import main
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, write_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.vit.model import Vit, VitConfig
 from learngene.augment import AugmentConfig

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.cli import main
 from heirloom.common.data.labelled import read_labels, write_labels
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import start
+from heirloom.common.files import read_json, write_json
+from heirloom.common.mesh import start
 from heirloom.common.train.parts import Opened
 from heirloom.common.vit.model import VitConfig
 from learngene import train

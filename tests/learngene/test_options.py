@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.plan import Source
 from heirloom.common.vit.layouts import timm

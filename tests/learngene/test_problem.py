@@ -7,9 +7,9 @@ import pytest
 
 import learngene
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, write_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.vit.model import Vit, VitConfig
 from learngene.config import Config

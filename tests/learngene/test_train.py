@@ -12,16 +12,17 @@ import pytest
 
 from heirloom.common import config
 from heirloom.common.checkpoint.family import Outline
-from heirloom.common.checkpoint.weights import open_safetensors, read_json
+from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.cli import main
 from heirloom.common.data.bad import BAD
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError, Stopped
+from heirloom.common.files import read_json
+from heirloom.common.mesh import MeshConfig, batch_sharding, shardings, start
 from heirloom.common.nn.functional import functional
 from heirloom.common.train import recipe as runner
 from heirloom.common.train.loop import Run
-from heirloom.common.train.mesh import MeshConfig, batch_sharding, shardings, start
 from heirloom.common.train.parts import Opened
 from heirloom.common.vit.model import Vit, VitConfig
 from learngene import ligo, train

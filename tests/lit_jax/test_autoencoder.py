@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors, read_json
+from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
 from heirloom.common.nn.conv import Conv
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import GroupNorm

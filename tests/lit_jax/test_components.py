@@ -13,7 +13,7 @@ from heirloom.common.checkpoint.hub import absolute
 from heirloom.common.checkpoint.pipeline import convert_pipeline, is_pipeline, main_part, parts_of, plain_weights
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import start
+from heirloom.common.mesh import start
 from lit_jax import text_to_image
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.components import (

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.convert import convert, first_format, open_donor
-from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors, read_json
+from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.layout import Tensor
-from heirloom.common.train.mesh import start
 from lit_jax import dit
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.components import other_scale, pipeline_of

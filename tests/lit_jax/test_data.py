@@ -9,7 +9,7 @@ from PIL import Image
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import start
+from heirloom.common.mesh import start
 from heirloom.common.train.parts import Opened
 from lit_jax import train, train_autoencoder
 from lit_jax.autoencoder import AutoencoderConfig

@@ -8,8 +8,8 @@ from PIL import Image
 from heirloom.common import config
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import open_donor
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.cli import main
+from heirloom.common.files import read_json
 from heirloom.common.nn.functional import functional
 from lit_jax import demo
 from lit_jax.autoencoder import Autoencoder, AutoencoderConfig

@@ -18,8 +18,8 @@ from heirloom.common.data.pictures import decode
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import start
 from heirloom.common.paths import place
-from heirloom.common.train.mesh import start
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.autoencoder_layouts import FAMILY
 from lit_jax.data import adm_crop, is_latent, latents

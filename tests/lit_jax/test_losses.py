@@ -10,9 +10,9 @@ import pytest
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.diffusion import Prediction, linear_schedule
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import MeshConfig, batch_sharding, shardings, start
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.plan import Source
-from heirloom.common.train.mesh import MeshConfig, batch_sharding, shardings, start
 from lit_jax.dit import Dit
 from lit_jax.losses import DistillConfig, diffusion, distillation, split
 from lit_jax.train import Config, check_shapes, loss_fn

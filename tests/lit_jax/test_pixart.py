@@ -8,9 +8,9 @@ import pytest
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.plan import Source

@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.family import Found
-from heirloom.common.checkpoint.weights import open_safetensors, read_json, write_json
+from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.errors import InputError, Remark
+from heirloom.common.files import read_json, write_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.position import sincos
 from lit_jax import pixart_formats, pixart_layouts

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import start
+from heirloom.common.mesh import start
 from lit_jax.aspect import nearest_size, parse_size, trained_sizes
 from lit_jax.denoiser import PromptConfig
 from lit_jax.pixart import PixArtConfig

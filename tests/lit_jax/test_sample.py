@@ -15,8 +15,8 @@ from PIL import Image
 from heirloom.common.data.grid import grid, save_grid
 from heirloom.common.diffusion import Prediction
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import start
 from lit_jax import sample
 from lit_jax.decode import PictureDecoder, open_pictures, to_uint8
 from lit_jax.denoiser import PromptConfig

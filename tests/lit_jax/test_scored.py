@@ -6,11 +6,11 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.cli import main
 from heirloom.common.evaluate import generated
 from heirloom.common.evaluate.extractor import Extractor
 from heirloom.common.evaluate.inception import Features, InceptionConfig
+from heirloom.common.files import read_json
 from heirloom.common.nn.dense import Dense
 from heirloom.common.nn.functional import functional
 from lit_jax import evaluate

@@ -13,13 +13,13 @@ from PIL import Image
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import open_donor
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.cli import main
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import start
 from heirloom.common.train.step import StepConfig
 from lit_jax.aspect import bucket_sizes
 from lit_jax.autoencoder import Autoencoder, AutoencoderConfig

@@ -14,12 +14,13 @@ from PIL import Image
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import open_donor
-from heirloom.common.checkpoint.weights import open_safetensors, read_json
+from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.cli import main
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
+from heirloom.common.mesh import start
 from heirloom.common.train.loop import Run
-from heirloom.common.train.mesh import start
 from lit_jax import autoencoder_layouts, progress, train
 from lit_jax.decode import PictureDecoder, pictures_of
 from lit_jax.dit import DitConfig

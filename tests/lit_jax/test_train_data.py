@@ -16,8 +16,8 @@ from heirloom.common.data.labelled import open_labelled, read_labels
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parts import Opened
 from lit_jax import train
 from lit_jax.autoencoder import AutoencoderConfig

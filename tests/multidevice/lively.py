@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import MeshConfig, start
 from heirloom.common.train.liveness import leave, wait_for_failure_of_others, watch_each_other
-from heirloom.common.train.mesh import MeshConfig, start
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_cpu_collectives_implementation", "gloo")

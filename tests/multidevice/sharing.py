@@ -8,8 +8,8 @@ import jax
 
 from heirloom.common.data import catalogue, tar_index
 from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.mesh import MeshConfig, start
 from heirloom.common.train.liveness import watch_each_other
-from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.sharing import share_indexes
 
 jax.config.update("jax_platforms", "cpu")

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import MeshConfig, start
 from heirloom.common.processes import from_first, on_first, together, whole_on_first
-from heirloom.common.train.mesh import MeshConfig, start
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.state import Checkpoints
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.mesh import MeshConfig, start
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.state import abstract_state
 from tests.multidevice.jobs import environments

@@ -25,9 +25,9 @@ from heirloom.common.data import emoji
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.data.text import Tokenizer
+from heirloom.common.mesh import MeshConfig, shardings, start
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.plan import Source
-from heirloom.common.train.mesh import MeshConfig, shardings, start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.state import create_state
 from heirloom.common.train.step import make_step

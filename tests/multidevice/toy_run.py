@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from heirloom.common.errors import InputError, Stopped
+from heirloom.common.mesh import MeshConfig, batch_sharding, start
 from heirloom.common.surgery.axes import Axes, Leaf
 from heirloom.common.train import loop
 from heirloom.common.train.agreement import agree, one_place
 from heirloom.common.train.loop import Cadence, Run
-from heirloom.common.train.mesh import MeshConfig, batch_sharding, start
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.state import State, abstract_state, create_state
 from heirloom.common.train.step import StepConfig, make_step

@@ -11,8 +11,8 @@ from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import _as_read, convert, open_donor
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.verify import OWN
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, write_json
 from heirloom.common.nn.functional import functional
 from lit_jax.components import check_chain
 from lit_jax.dit import Dit, DitConfig

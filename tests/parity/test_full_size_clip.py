@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import open_safetensors, read_json
+from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.data.text import Tokenizer
+from heirloom.common.files import read_json
 from tinyclip_jax.verify import inputs
 from tinyclip_jax.zoo import FAMILY
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError, VerificationError
+from heirloom.common.files import read_json, write_json
 from heirloom.common.nn.functional import functional
 from learngene.verify import verify
 from learngene.zoo import FAMILY

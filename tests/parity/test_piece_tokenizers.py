@@ -9,9 +9,9 @@ import pytest
 from small_tokenizers import CAPTIONS, SPECIAL, metaclip2, siglip, siglip2
 from torchvision_stand_in import installed
 
-from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.data.text import clean
 from heirloom.common.data.tokenizer_files import load_tokenizer
+from heirloom.common.files import write_json
 from tinyclip_jax.inputs import sidecars
 from tinyclip_jax.model import ClipConfig, TextConfig
 

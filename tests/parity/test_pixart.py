@@ -10,8 +10,9 @@ import pytest
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.verify import OWN
-from heirloom.common.checkpoint.weights import open_safetensors, read_json, write_json
+from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.errors import Remark
+from heirloom.common.files import read_json, write_json
 from heirloom.common.nn.functional import functional
 from lit_jax.pixart import PixArt, PixArtConfig
 from lit_jax.pixart_verify import FILE, Inputs, formulas

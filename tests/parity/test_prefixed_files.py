@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from heirloom.common.checkpoint.convert import open_donor
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.cli import main
+from heirloom.common.files import read_json
 from tinyclip_jax.zoo import FAMILY
 
 pytest.importorskip("torch")

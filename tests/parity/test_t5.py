@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors, read_json, write_json
+from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors
 from heirloom.common.errors import InputError, VerificationError
+from heirloom.common.files import read_json, write_json
 from heirloom.common.surgery.layout import Tensor
 from lit_jax.text import verify
 from lit_jax.text.encoder import open_text

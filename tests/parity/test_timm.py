@@ -9,8 +9,8 @@ from torchvision_stand_in import installed
 
 from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.verify import OWN
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError, VerificationError
+from heirloom.common.files import read_json
 from heirloom.common.vit import timm_architectures
 from heirloom.common.vit.model import VitConfig
 from learngene.labels import labels_of

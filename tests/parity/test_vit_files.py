@@ -8,8 +8,8 @@ from torchvision_stand_in import installed
 
 from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.verify import OWN
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError, Remark
+from heirloom.common.files import read_json, write_json
 from heirloom.common.vit.model import VitConfig
 from learngene.zoo import FAMILY
 

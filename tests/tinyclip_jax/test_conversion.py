@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors, read_json
+from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors
 from heirloom.common.errors import InputError, VerificationError
+from heirloom.common.files import read_json, sha256
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.layout import Tensor
 from tinyclip_jax import layouts, open_clip_folder
@@ -138,7 +138,7 @@ def test_our_folder_is_plain_safetensors_and_json(opened, tmp_path):
     assert query["source"] == "model.safetensors:vision_model.encoder.layers.{layer}.self_attn.q_proj.weight"
     assert read_json(tmp_path / "ours" / "config.json")["method"] == "tinyclip"
     saved = read_json(tmp_path / "ours" / "verify.json")
-    assert saved["passed"] is True and saved["source"] == {"model.safetensors": weights.sha256(donor.file)}
+    assert saved["passed"] is True and saved["source"] == {"model.safetensors": sha256(donor.file)}
 
 
 def test_a_model_open_clip_cannot_say_is_refused(opened, tmp_path):

@@ -16,12 +16,12 @@ from pyarrow import parquet
 import tinyclip_jax
 from heirloom.common.cli import main
 from heirloom.common.data.class_names import as_words
+from heirloom.common.data.imagenet import CLASSES
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
-from heirloom.common.evaluate.imagenet import CLASSES
 from heirloom.common.nn.functional import functional
 from tinyclip_jax.evaluate import Words
 from tinyclip_jax.model import Clip

@@ -19,10 +19,11 @@ from shutil import rmtree
 import jax
 import numpy as np
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import create_safetensors, write_json
+from heirloom.common.checkpoint.weights import create_safetensors
+from heirloom.common.files import write_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.graft import graft
-from heirloom.common.train.mesh import MeshConfig, shardings, start
+from heirloom.common.mesh import MeshConfig, shardings, start
 from tinyclip_jax.zoo import FAMILY
 from tinyclip_jax.inherit import manual
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors, read_json
+from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.layout import Tensor
 from tinyclip_jax.cost import parameters, total_macs

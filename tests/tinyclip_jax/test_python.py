@@ -7,8 +7,8 @@ import pytest
 
 import tinyclip_jax
 from heirloom.common import config
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
 from tinyclip_jax import pretrained
 from tinyclip_jax.model import ImageConfig
 from tinyclip_jax.resnet import ResNetConfig

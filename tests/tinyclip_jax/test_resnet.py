@@ -18,10 +18,10 @@ from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import MeshConfig
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Source
-from heirloom.common.train.mesh import MeshConfig
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.state import create_state
 from heirloom.common.train.step import STATISTICS, StepConfig, make_step

@@ -12,14 +12,15 @@ import pytest
 
 from heirloom.common import config
 from heirloom.common.checkpoint.state import Checkpoints
-from heirloom.common.checkpoint.weights import open_safetensors, read_json
+from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
+from heirloom.common.mesh import MeshConfig
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import MeshConfig
 from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax.automatic import mask_optimizer
 from tinyclip_jax.cost import parameters

@@ -17,14 +17,14 @@ from pyarrow import parquet
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.cli import main
 from heirloom.common.data.class_names import match
+from heirloom.common.data.imagenet import CLASSES, TEMPLATES, is_class_list
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import FolderSource
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
-from heirloom.common.evaluate.imagenet import CLASSES, TEMPLATES, is_class_list
 from heirloom.common.evaluate.probe import probe
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax import suite
 from tinyclip_jax.evaluate import Words, setup_of

@@ -25,9 +25,9 @@ from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.cli import main
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
 from heirloom.common.train import recipe
-from heirloom.common.train.mesh import start
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.parameters import best
 from heirloom.common.train.state import create_state

@@ -14,7 +14,7 @@ from heirloom.common.cli import main
 from heirloom.common.compile import Topology, compile_for, describe, mesh_on
 from heirloom.common.errors import InputError
 from heirloom.common.hlo import collectives
-from heirloom.common.train.mesh import MeshConfig
+from heirloom.common.mesh import MeshConfig
 
 
 def test_a_step_of_lit_on_a_pod_uses_the_kernels_and_says_what_it_takes(tmp_path):

@@ -11,10 +11,10 @@ from safetensors.numpy import load_file
 from heirloom.common import config
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import MeshConfig, start
 from heirloom.common.nn.functional import functional
 from heirloom.common.processes import on_first
 from heirloom.common.train.loop import Stop
-from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.metrics import MetricsFile
 from heirloom.common.train.optim import decayed
 from heirloom.common.train.step import StepConfig

@@ -13,8 +13,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, write_json
 from weightgen.zoo.lora import pairs
 
 CONFIG = "adapter_config.json"

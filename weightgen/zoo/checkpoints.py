@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError, nearest
+from heirloom.common.files import read_json
 from weightgen.tokens import TokenSpec, chunks, selected
 from weightgen.zoo.foreign import listed
 from weightgen.zoo.lora import pairs

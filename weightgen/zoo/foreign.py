@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.checkpoint.unwrap import open_tensors
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
 
 SHARD = re.compile(r"^(?P<name>.+?)[-_](?P<number>\d+)-of-(?P<count>\d+)\.")
 # Files of a model-parallel checkpoint (Meta's, DeepSpeed's): each has a slice of every matrix.

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.checkpoint.unwrap import weights_files
-from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json
 from weightgen.zoo.adapter_config import CONFIG, LoraSettings, generated, in_metadata, read_settings
 from weightgen.zoo.foreign import listed, not_finite, read_tensors, refuse_quantised
 from weightgen.zoo.lora import Layout, alphas, canonical_tensors, has_adapters, layout_of, pairs

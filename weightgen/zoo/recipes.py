@@ -8,15 +8,14 @@ from typing import Literal
 
 import numpy as np
 
-from heirloom.common.checkpoint.staging import staged
-from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, between, check_seed, positive
+from heirloom.common.files import staged, write_json
+from heirloom.common.mesh import MeshConfig, start
 from heirloom.common.paths import METRICS
 from heirloom.common.processes import on_first
 from heirloom.common.train.about import note_start
 from heirloom.common.train.loop import Run
-from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.metrics import MetricsFile
 from heirloom.common.train.resume import with_defaults
 from weightgen.metrics import accuracy

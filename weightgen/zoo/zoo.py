@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from heirloom.common.checkpoint.staging import staged
-from heirloom.common.checkpoint.weights import read_json, write_json
-from heirloom.common.data.reading import mapped
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, staged, write_json
+from heirloom.common.reading import mapped
 from weightgen.tokens import TokenSpec, neurons, one_chunk
 from weightgen.zoo.data import Bank
 from weightgen.zoo.foreign import listed

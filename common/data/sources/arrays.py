@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.checkpoint.weights import native
-from heirloom.common.data.reading import Stamp, mapped, parsing, retried
 from heirloom.common.data.sources.record import Record, SourceConfig, captions, require_columns
 from heirloom.common.errors import InputError
 from heirloom.common.paths import Address, AnyPath
+from heirloom.common.reading import Stamp, mapped, parsing, retried
 
 
 class ArraySource:

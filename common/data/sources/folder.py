@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from heirloom.common.data.reading import PICTURES
 from heirloom.common.data.sources.record import Record, SourceConfig, caption_lines, captions, read, require
 from heirloom.common.data.sources.splits import is_split
 from heirloom.common.data.sources.table import way_to_table
 from heirloom.common.errors import InputError, remark
 from heirloom.common.paths import Address, AnyPath, Entry
+from heirloom.common.reading import PICTURES
 
 TABLES = (".txt", ".csv", ".tsv", ".token", ".json", ".jsonl")  # in which captions come
 Found = os.DirEntry[str] | Entry

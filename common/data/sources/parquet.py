@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.sources.record import (
     Record,
     SourceConfig,
@@ -26,6 +25,7 @@ from heirloom.common.data.sources.record import (
 from heirloom.common.data.sources.splits import all_splits, of_split
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.paths import Address, AnyPath
+from heirloom.common.reading import Stamp, retried
 
 if TYPE_CHECKING:  # imported where files are read: it is heavy, and most commands read none
     import pyarrow

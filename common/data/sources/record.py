@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from heirloom.common.data.lines import split_lines
-from heirloom.common.data.reading import retried
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.paths import AnyPath, join
+from heirloom.common.reading import retried
 
 # Other names of these columns in published data.
 USUAL = {

@@ -8,7 +8,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.sources.record import (
     Record,
     SourceConfig,
@@ -23,6 +22,7 @@ from heirloom.common.data.sources.splits import all_splits
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.fetch import fetch
 from heirloom.common.paths import Address, AnyPath
+from heirloom.common.reading import Stamp, retried
 
 
 class CsvSource:

@@ -12,7 +12,6 @@ import numpy as np
 from heirloom.common.data.catalogue import catalogued
 from heirloom.common.data.indexing import CAPTIONS, have
 from heirloom.common.data.lines import read_lines
-from heirloom.common.data.reading import PICTURES, Stamp, retried
 from heirloom.common.data.sources.record import (
     USUAL,
     Record,
@@ -28,6 +27,7 @@ from heirloom.common.data.sources.splits import is_split, of_split
 from heirloom.common.data.tar_index import STEM, Index, index_shard, known_index, read_span
 from heirloom.common.errors import InputError, remark
 from heirloom.common.paths import AnyPath
+from heirloom.common.reading import PICTURES, Stamp, retried
 
 
 class TarSource:

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from heirloom.common.data.reading import retried
 from heirloom.common.data.sources.record import Record, SourceConfig, captions, require_columns, value
 from heirloom.common.errors import InputError, nearest
+from heirloom.common.reading import retried
 
 
 class TfdsSource:

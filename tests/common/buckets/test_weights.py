@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from heirloom.common import fetch as fetching
-from heirloom.common.checkpoint import staging
+from heirloom.common import files
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError, Remark
 from heirloom.common.fetch import copy_of, fetch, origin
+from heirloom.common.files import staged
 from heirloom.common.methods import open_any
 from heirloom.common.paths import Address
 
@@ -244,4 +244,4 @@ def test_a_report_of_a_run_in_a_bucket(memory, capsys):
 
 def test_an_index_is_what_readers_recognise():
     names = ("config.json", "vae/config.json", "model_index.json", "model.safetensors.index.json", "verify.json")
-    assert [staging._is_index(name) for name in names] == [True, True, True, True, False]
+    assert [files._is_index(name) for name in names] == [True, True, True, True, False]

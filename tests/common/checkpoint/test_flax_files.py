@@ -18,8 +18,8 @@ from heirloom.common.checkpoint.flax_files import as_torch, open_flax
 from heirloom.common.checkpoint.hub import locate
 from heirloom.common.checkpoint.unwrap import KINDS, open_tensors
 from heirloom.common.checkpoint.verify import RENAMED, Check
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, write_json
 from heirloom.common.methods import families
 
 GOLDENS = Path(__file__).parents[2] / "golden" / "flax"

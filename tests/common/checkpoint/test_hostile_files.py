@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.unwrap import open_torch
 from heirloom.common.checkpoint.weights import open_folder, open_safetensors, open_sharded
 from heirloom.common.errors import InputError
+from heirloom.common.files import staged, write_json
 
 
 def raw(header, data=b"\0" * 24) -> bytes:
@@ -116,7 +115,7 @@ def test_a_folder_that_is_not_ours(tmp_path):
 
 
 def test_a_folder_of_ours_without_its_weights(tmp_path):
-    weights.write_json(
+    write_json(
         tmp_path / "config.json", {"format": "heirloom", "version": 1, "method": "tinyclip", "model": {}}
     )
     with pytest.raises(InputError, match=r"model\.safetensors"):

@@ -12,8 +12,8 @@ from flax import nnx
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import convert, open_donor
-from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import read_json, write_json
 from heirloom.common.methods import families
 from heirloom.common.nn.functional import functional
 from heirloom.common.typed import from_json

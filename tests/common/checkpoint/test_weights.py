@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.unwrap import open_weights, weights_files
 from heirloom.common.checkpoint.weights import create_safetensors, open_npz, open_safetensors, open_sharded
 from heirloom.common.errors import InputError
+from heirloom.common.files import staged
 from heirloom.common.surgery.layout import Tensor, release
 
 TENSORS = {
@@ -151,7 +151,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import create_safetensors
 from heirloom.common.surgery.layout import Tensor
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -175,7 +174,6 @@ def test_killed_while_writing_leaves_nothing_under_the_name(tmp_path):
     code = f"""
 import os, signal
 from pathlib import Path
-from heirloom.common.checkpoint.staging import staged
 with staged(Path({str(tmp_path / "out")!r})) as folder:
     folder.mkdir()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -9,9 +9,9 @@ from heirloom.common.cli import main
 from heirloom.common.data import catalogue, indexing, tar_index
 from heirloom.common.data.catalogue import FILE, catalogued, missing
 from heirloom.common.data.indexing import Facts, index_all
-from heirloom.common.data.reading import Stamp
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError
+from heirloom.common.reading import Stamp
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from heirloom.common.data import tar_index
-from heirloom.common.data.reading import Stamp
 from heirloom.common.data.tar_index import STEM, index_shard, read_span, remove_old
 from heirloom.common.data.tar_members import _by_tarfile, members
 from heirloom.common.errors import InputError
+from heirloom.common.reading import Stamp
 
 
 def test_every_member_is_found_where_tarfile_finds_it(tmp_path, write_tar):

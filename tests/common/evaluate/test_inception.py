@@ -9,6 +9,7 @@ from heirloom.common.checkpoint import weights
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.extractor import METHOD, fold, open_extractor
 from heirloom.common.evaluate.inception import ADM, Q8, Conv, ConvRelu, Inception, Pool, legacy_bilinear, pool
+from heirloom.common.files import write_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.layout import Tensor
 
@@ -138,6 +139,6 @@ def test_the_same_weights_from_a_file_and_from_a_folder(foreign, tmp_path):
     weights.write_config(folder, "tinyclip", found.cfg)
     with pytest.raises(InputError, match="not an Inception"):
         open_extractor(folder)
-    weights.write_json(folder / "config.json", {"format": "heirloom", "method": METHOD, "model": {"depth": 3}})
+    write_json(folder / "config.json", {"format": "heirloom", "method": METHOD, "model": {"depth": 3}})
     with pytest.raises(InputError, match=r"config.json.*depth"):
         open_extractor(folder)

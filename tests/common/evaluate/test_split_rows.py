@@ -8,8 +8,8 @@ from jax.sharding import AxisType
 
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.evaluate.features import embedder
+from heirloom.common.mesh import shardings, split_rows
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import shardings, split_rows
 from heirloom.common.vit.model import VitConfig
 from learngene.evaluate import counter, scorer
 from learngene.zoo import FAMILY

@@ -12,9 +12,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from heirloom.common import config
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.precision import add, convolve, lookup, product, widened
-from heirloom.common.train.mesh import start
 from heirloom.common.train.step import cast
 from weightgen.generator.conditions import MlpSet
 from weightgen.zoo.nets import SmallConv

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors
+from heirloom.common.mesh import shardings
 from heirloom.common.surgery.axes import Axes, Leaf
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.layout import Layout, Tensor, View
 from heirloom.common.surgery.maps import FRESH, first, matrix, pad, pick, sided
 from heirloom.common.surgery.plan import Plan, Source, apply
-from heirloom.common.train.mesh import shardings
 
 F32 = np.dtype(np.float32)
 SOURCE = {

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from heirloom.common.mesh import MeshConfig, start
 from heirloom.common.surgery.axes import Axes, Leaf
-from heirloom.common.train.mesh import MeshConfig, start
 
 SIZES = {"embed": 16, "hidden": 32}
 

@@ -10,10 +10,10 @@ import optax
 import pytest
 
 from heirloom.common.errors import InputError, Remark, Stopped
+from heirloom.common.mesh import MeshConfig, start
 from heirloom.common.surgery.axes import Axes, Leaf
 from heirloom.common.train import loop
 from heirloom.common.train.loop import Cadence, Run, closing, difference
-from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.metrics import MetricsFile
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.state import abstract_state, create_state

@@ -9,8 +9,8 @@ import pytest
 from heirloom.common import config
 from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import MeshConfig, start
 from heirloom.common.train import recipe
-from heirloom.common.train.mesh import MeshConfig, start
 
 
 def emoji(**fields):

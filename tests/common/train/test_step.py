@@ -5,8 +5,8 @@ import optax
 import pytest
 
 from heirloom.common.errors import InputError
+from heirloom.common.mesh import shardings
 from heirloom.common.surgery.axes import Axes, Leaf
-from heirloom.common.train.mesh import shardings
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.state import abstract_state, create_state
 from heirloom.common.train.step import STATISTICS, StepConfig, make_step

@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
-from heirloom.common.checkpoint import weights
 from heirloom.common.errors import InputError
+from heirloom.common.files import write_json
 from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import functional
 from lit_jax.text import encoder as text
@@ -133,7 +133,7 @@ def test_sources(pipeline, tmp_path):
 
 def test_a_tokenizer_with_more_tokens_than_the_table_is_refused(pipeline):
     folder = pipeline()
-    weights.write_json(folder / "tokenizer" / "tokenizer_config.json", {"extra_ids": 300})
+    write_json(folder / "tokenizer" / "tokenizer_config.json", {"extra_ids": 300})
     with pytest.raises(InputError, match=r"has 160 tokens, and its tokenizer \d+: they do not belong together"):
         open_text(folder, tokens=20).encode(["a fox"])
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
+from heirloom.common.files import write_json
 from lit_jax.text.tokenizer import T5Tokenizer, find_tokenizer
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "t5_tokenizer"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from heirloom.common.checkpoint import staging
-from heirloom.common.checkpoint.staging import staged
+from heirloom.common import files
 from heirloom.common.errors import InputError, Remark
+from heirloom.common.files import staged
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def out(tmp_path):
 @pytest.fixture(params=["swapped", "by two renames"])
 def way(request, monkeypatch):
     if request.param == "by two renames":
-        monkeypatch.setattr(staging, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
 
 
 def names(folder):
@@ -68,7 +68,7 @@ def test_a_second_rename_that_fails_gives_the_old_folder_its_name_back(out, monk
             raise failure
         return rename(self, target)
 
-    monkeypatch.setattr(staging, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises((InputError, KeyboardInterrupt)), staged(out, force=True) as temporary:
         temporary.mkdir()

@@ -1,9 +1,11 @@
-"""Atomic writes: a file or folder gets its name when it is complete.
+"""Files and folders that get their names when they are complete, and JSON files.
 
 A bucket has no rename. There a folder is written with its index last, the files by which readers recognise it.
 """
 
 import ctypes
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -13,6 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from heirloom.common.errors import InputError, remark, stop_if_asked
 from heirloom.common.paths import Address, AnyPath, local
@@ -192,3 +195,25 @@ def remove(path: Path) -> None:
     else:
         with suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
+
+
+def read_json(path: AnyPath) -> dict[str, Any]:
+    """Reads a JSON object. Raises InputError when the file is not one."""
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,8 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from heirloom.common.errors import InputError
-from heirloom.common.surgery.axes import Axes, Leaf
-from heirloom.common.train.mesh import (
+from heirloom.common.mesh import (
     MeshConfig,
     _announced,
     _launched_together,
@@ -19,8 +18,9 @@ from heirloom.common.train.mesh import (
     shardings,
     start,
 )
+from heirloom.common.rollcall import Job, roll_call
+from heirloom.common.surgery.axes import Axes, Leaf
 from heirloom.common.train.optim import OptimConfig, make_optimizer
-from heirloom.common.train.rollcall import Job, roll_call
 from heirloom.common.train.state import create_state
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from heirloom.common.errors import InputError
+from heirloom.common.rollcall import Job, roll_call
 from heirloom.common.surgery.axes import Leaf, Spec
-from heirloom.common.train.rollcall import Job, roll_call
 
 ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are split
 TENSOR_AXES = ("head", "hidden", "vocab")  # the axes tensor parallelism may split, by name
