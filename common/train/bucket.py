@@ -26,7 +26,7 @@ from heirloom.common.checkpoint.seal import MANIFEST, METADATA
 from heirloom.common.errors import InputError, Stopped, remark
 from heirloom.common.fetch import copy_of, download, fetch_folder
 from heirloom.common.files import read_json
-from heirloom.common.mesh import MeshConfig, start
+from heirloom.common.mesh import start
 from heirloom.common.paths import Address, copy_of_run
 from heirloom.common.processes import together
 from heirloom.common.train.agreement import agree
@@ -53,7 +53,7 @@ def in_bucket(address: Address, period: float = PERIOD) -> Iterator[Path]:
     the training is stopped as by SIGTERM. Raises InputError when the bucket cannot be read or written, with the last
     state that is there, and when another job writes the run.
     """
-    start(MeshConfig())
+    start()
     watch_each_other()
     agree({"run": str(address)})
     if jax.process_count() > 1 and address.scheme == "memory":

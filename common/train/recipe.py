@@ -357,7 +357,7 @@ def inherit(
     finite(donor, "donor")
     inputs = parts.inputs(donor, None) if parts.inputs else None
     # Any mesh serves: a student of a pod's recipe is cut on a laptop.
-    opened = Opened(mesh=start(MeshConfig()), donor=donor, teacher=None, inputs=inputs)
+    opened = Opened(mesh=start(), donor=donor, teacher=None, inputs=inputs)
     resolution = parts.resolve(donor)
     source = {"source": parts.donor or origin(donor.path), "first_format": first_format(donor)}
     record = source | {"hashes": hashes(donor.file)} | provenance(resolution)

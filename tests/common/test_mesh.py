@@ -50,10 +50,10 @@ def test_a_platform_without_devices_is_bad_input_and_a_busy_one_is_tried_again(m
     for error in (AssertionError(), RuntimeError("Unable to initialize backend 'tpu': INTERNAL: no libtpu.so")):
         fails(error)
         with pytest.raises(InputError, match=r"no device can be used \(.+\); set JAX_PLATFORMS=cpu, or install"):
-            start(MeshConfig())
+            start()
     fails(RuntimeError("ABORTED: The TPU is already in use by process with pid 7"))
     with pytest.raises(RuntimeError, match="already in use"):
-        start(MeshConfig())
+        start()
     with pytest.raises(InputError):
         devices()
 

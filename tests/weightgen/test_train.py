@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from heirloom.common import config
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
-from heirloom.common.mesh import MeshConfig, start
+from heirloom.common.mesh import start
 from heirloom.common.nn.functional import functional
 from heirloom.common.processes import on_first
 from heirloom.common.train.loop import Stop
@@ -41,7 +41,7 @@ def test_a_batch_that_devices_do_not_divide_is_refused_before_anything_is_read(r
 
 
 def test_micro_batches_must_divide_too():
-    mesh = start(MeshConfig())
+    mesh = start()
     LoopConfig(batch=16, step=StepConfig(accumulate=2)).check(mesh)
     with pytest.raises(
         InputError, match=r"a batch of 24 .* 8 devices .* x 2 micro-batches: set batch to a multiple of 16, such as 16"
@@ -87,13 +87,13 @@ def test_a_flag_that_would_do_nothing_is_refused(flag):
 
 def test_a_step_is_outlined_for_the_compiler(flags):
     cfg = config.load("weightgen/generator", flags)
-    abstract = cfg.abstract(start(MeshConfig()))
+    abstract = cfg.abstract(start())
     assert {name: x.shape[0] for name, x in abstract.batch.items()} == {"tokens": 8, "support": 8, "shots": 8}
     family, model = cfg.describe()
     assert abstract.flops == 8 * 6 * family.macs(model, functional(family.module, model).spec)
     assert "all-reduce" in abstract.step.lower(abstract.state, abstract.batch).compile().as_text()
     with pytest.raises(InputError, match="a batch of 12 cannot be divided among 8 devices"):
-        config.load("weightgen/generator", [*flags, "--batch", "12"]).abstract(start(MeshConfig()))
+        config.load("weightgen/generator", [*flags, "--batch", "12"]).abstract(start())
 
 
 def test_a_training_on_a_mesh_goes_on_on_one_device(flags, tmp_path, monkeypatch):
@@ -161,7 +161,7 @@ def test_the_released_adamw_decays_every_parameter_it_trains():
 
 def test_a_run_goes_on_with_the_zoo_that_it_began_with():
     def stream(zoo, state=None):
-        data = placed(lambda rng: {"tokens": zoo.tokens(np.arange(8))}, start(MeshConfig()), 0, zoo)
+        data = placed(lambda rng: {"tokens": zoo.tokens(np.arange(8))}, start(), 0, zoo)
         data.restore(state or data.state())
         return data.state()
 

@@ -11,7 +11,7 @@ import numpy as np
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, between, check_seed, positive
 from heirloom.common.files import staged, write_json
-from heirloom.common.mesh import MeshConfig, start
+from heirloom.common.mesh import start
 from heirloom.common.paths import METRICS
 from heirloom.common.processes import on_first
 from heirloom.common.train.about import note_start
@@ -83,7 +83,7 @@ class ZooRecipe:
 
         Raises InputError when networks diverge.
         """
-        start(MeshConfig())
+        start()
         run = Run.open(directory, asdict(self), defaults=partial(with_defaults, cfg=self))
         on_first(lambda: self._build(run, directory))
 
@@ -205,7 +205,7 @@ class CheckpointsRecipe:
 
     def train(self, directory: Path) -> None:
         """Write `RUN/zoo`, in the first process of a job."""
-        start(MeshConfig())
+        start()
         run = Run.open(directory, asdict(self), defaults=partial(with_defaults, cfg=self))
         on_first(lambda: self._write(run.directory))
 

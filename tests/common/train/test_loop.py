@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from heirloom.common.errors import InputError, Remark, Stopped
-from heirloom.common.mesh import MeshConfig, start
+from heirloom.common.mesh import start
 from heirloom.common.surgery.axes import Axes, Leaf
 from heirloom.common.train import loop
 from heirloom.common.train.loop import Cadence, Run, closing, difference
@@ -252,7 +252,7 @@ def test_a_second_phase_goes_on_where_the_first_ended(train):
     data = Rows({n: lambda n=n: asked.append(n) for n in range(50)})
     run, state = train("phases", data)
     step = make_step(
-        lambda p, b, k, f: (p["logit_scale"] ** 2, {}), optax.sgd(0.1), SCALE, start(MeshConfig()), StepConfig()
+        lambda p, b, k, f: (p["logit_scale"] ** 2, {}), optax.sgd(0.1), SCALE, start(), StepConfig()
     )
     fresh = create_state({"logit_scale": np.float32(1)}, optax.sgd(0.1), SCALE, step.mesh)
     fresh = dataclasses.replace(fresh, step=state.step)

@@ -24,7 +24,7 @@ def test_a_student_for_a_pod_is_inherited_on_any_machine(tmp_path):
     record = pod.inherit(tmp_path / "student")
     assert record["source"] == "embedded:emoji" and record["fraction"] > 0.9
     parts = emoji().parts()
-    expected = recipe.initial(emoji(), parts, recipe.open_sources(parts, start(MeshConfig())), None)
+    expected = recipe.initial(emoji(), parts, recipe.open_sources(parts, start()), None)
     for path, value in open_safetensors(tmp_path / "student" / "model.safetensors").items():
         np.testing.assert_array_equal(value, expected[path], err_msg=path)
 
