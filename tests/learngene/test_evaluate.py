@@ -65,7 +65,7 @@ def test_folders_by_the_models_names_count_as_those(model, pictures, drawn, tmp_
         assert "note:" not in capsys.readouterr().out
         write_labels(model, ("one", "two", "three"))
         assert scores(model, tmp_path / "d", tmp_path / "e.json")["top1"] == alphabetical
-        assert "its class 'apple' is not one of the class names (one, two, three)" in capsys.readouterr().out
+        assert "class names do not match ('apple' is not one of one, two, three)" in capsys.readouterr().out
         write_labels(model, ("apple", "two"))
         assert main(["eval", str(model), "--data", str(tmp_path / "d")]) == 2
         said = (

@@ -266,7 +266,7 @@ def test_an_inherited_head_that_reads_other_features_is_remarked(folder_of, rema
 
     remarks()
     (other,) = said()
-    assert "read the class token in the donor and reads the mean of the patches in the student: set" in other
+    assert "read the class token in the donor, and reads the mean of the patches in the student: set" in other
     assert said(student=replace(student, tokens="cls", pool="mean_norm")) == [other]
     for same in (dict(student=replace(student, tokens="cls", pool="cls")), dict(head="fresh"), dict(method="auto")):
         assert said(**same) == []

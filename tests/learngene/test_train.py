@@ -221,7 +221,10 @@ def test_the_command_compares_a_gene_and_prints_one_table(compared, comparison, 
             ["train", "learngene/smoke", "--run", "x", "--distill.alpha", "1"],
             "set --distill.alpha 0 to learn from labels alone",
         ),
-        (["train", "learngene/smoke", "--run", "x", "--teacher", "logits"], "belong to unchanged pictures"),
+        (
+            ["train", "learngene/smoke", "--run", "x", "--teacher", "logits", "--distill.alpha", "1"],
+            "belong to unchanged pictures",
+        ),
         (
             ["train", "learngene/smoke", "--run", "x", "--augment.crop", "resized"],
             "resized crops and RandAugment need 'stream'",

@@ -202,7 +202,7 @@ def test_another_shape_is_refused_by_name(field):
 
 
 def test_a_dit_is_no_donor_of_a_text_model(cfg):
-    with pytest.raises(InputError, match="the student draws from text, the donor draws classes"):
+    with pytest.raises(InputError, match="the student is text-conditional, the donor class-conditional"):
         graft_attention(cfg, LIT)
 
 

@@ -177,7 +177,7 @@ def test_a_run_on_latents_remembers_their_autoencoder(one_device, cache, tmp_pat
     pipeline = tmp_path / "pipeline"
     shutil.copytree(run / "model", pipeline / "transformer")
     assert main(["sample", str(pipeline), "--class", "1", "--steps", "2"]) == 2
-    assert "give --autoencoder" in capsys.readouterr().err
+    assert "decode them with --autoencoder" in capsys.readouterr().err
     shutil.copytree(AUTOENCODER, pipeline / "vae")
     assert main(["sample", str(pipeline), "--class", "1", "--steps", "2", "--out", str(tmp_path / "a.png")]) == 0
     side = 8 * open_donor(AUTOENCODER, [autoencoder_layouts.FAMILY]).cfg.factor

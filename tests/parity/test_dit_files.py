@@ -91,7 +91,7 @@ def test_of_a_training_checkpoint_the_average_is_taken(state, tmp_path):
 def test_a_refusal_that_was_overruled_is_so_for_the_reference_too(state, tmp_path):
     wrapped = {f"module.{key}": value for key, value in state.items()}
     torch.save({"model": wrapped, "args": Namespace(aux=Namespace(objective="hinge"))}, tmp_path / "last.pt")
-    with pytest.raises(InputError, match=r"last.pt: trained with aux.objective hinge; .*: --set prediction=noise"):
+    with pytest.raises(InputError, match=r"last.pt: trained with aux.objective hinge; .*, add --set prediction=noise"):
         open_donor(tmp_path / "last.pt", [FAMILY], heads=2)
     donor = open_donor(tmp_path / "last.pt", [FAMILY], heads=2, prediction="noise")
     with _as_read(donor) as file:

@@ -220,7 +220,7 @@ def test_imagenet_of_hugging_face(model, data, tmp_path, monkeypatch, remarks):
     parquet_of(tmp_path / "imagenet-a" / "test-00000-of-00001.parquet", png, [0], ["ant", "bee, honey bee"])
     suite.SUITE["imagenet-a"](None, {}, tmp_path / "imagenet-a")
     assert asked.pop() == (1, ("ant", "bee, honey bee"))
-    assert "as its classes are called ('bee, honey bee')" in remarks()[0]
+    assert "class names are lists of synonyms ('bee, honey bee')" in remarks()[0]
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,9 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 
-from heirloom.common import config
+from heirloom.common import config, processes
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
 from heirloom.common.mesh import start
@@ -123,24 +122,25 @@ def test_one_process_writes_and_the_others_wait_and_fail_with_it(monkeypatch):
         raise InputError("a full disk")
 
     def as_process(index, answer):
-        def broadcast(value):
-            sent.append(int(value))
-            return np.int32(value if index == 0 else answer)
+        def exchange(data):
+            sent.append(data)
+            return [data if index == 0 else answer, data]
 
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda: index)
-        monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
+        monkeypatch.setattr(processes, "exchange", exchange)
 
     as_process(0, None)
     on_first(lambda: done.append("first"))
     with pytest.raises(InputError, match="a full disk"):
         on_first(fail)
-    as_process(1, 0)
+    written, failed, *_ = sent
+    as_process(1, written)
     on_first(lambda: done.append("second"))
-    as_process(1, 1)
-    with pytest.raises(InputError, match="process 0 could not write"):
+    as_process(1, failed)
+    with pytest.raises(InputError, match="process 0 failed in what the others wait for"):
         on_first(lambda: done.append("second"))
-    assert done == ["first"] and sent == [0, 1, 0, 0]
+    assert done == ["first"] and len(sent) == 4
 
 
 def test_the_released_adamw_decays_every_parameter_it_trains():

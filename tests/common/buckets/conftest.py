@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from heirloom.common import paths
-from heirloom.common.data import reading
+from heirloom.common import paths, reading
 from heirloom.common.paths import Address, place
 
 

@@ -7,7 +7,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from heirloom.common.data import catalogue, reading, tar_index
+from heirloom.common import reading
+from heirloom.common.data import catalogue, tar_index
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig, open_source, per_picture
 from heirloom.common.errors import InputError

@@ -112,7 +112,7 @@ def test_outputs_of_the_loaded_int8_kernels_are_those_of_the_dequantised(small, 
 
 
 def test_scales_are_split_over_devices_as_the_outputs_of_their_kernels(small, monkeypatch):
-    from heirloom.common.train import mesh as meshes
+    from heirloom.common import mesh as meshes
 
     monkeypatch.setattr(meshes, "REPLICATE_BELOW", 1024)
     donor = open_donor(small, [FAMILY])

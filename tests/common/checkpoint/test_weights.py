@@ -152,6 +152,7 @@ import resource, signal, sys
 from pathlib import Path
 import numpy as np
 from heirloom.common.checkpoint.weights import create_safetensors
+from heirloom.common.files import staged
 from heirloom.common.surgery.layout import Tensor
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -174,6 +175,7 @@ def test_killed_while_writing_leaves_nothing_under_the_name(tmp_path):
     code = f"""
 import os, signal
 from pathlib import Path
+from heirloom.common.files import staged
 with staged(Path({str(tmp_path / "out")!r})) as folder:
     folder.mkdir()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from heirloom.common.data import reading
+from heirloom.common import reading
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError
 

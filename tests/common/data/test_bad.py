@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+from heirloom.common import reading
 from heirloom.common.data import batches as batches_module
-from heirloom.common.data import reading
 from heirloom.common.data.bad import BAD, Examples, WrongData, bad_records, first_good
 from heirloom.common.data.batches import Batches
 from heirloom.common.data.labelled import open_labelled

@@ -102,7 +102,7 @@ def test_a_run_of_stages_shows_its_last(folder, tmp_path):
     assert trained.metrics == LINES[:1] and trained.model == str(stage / "model")
     (stage / "config.json").write_text(json.dumps({"steps": 10}))
     trained = Trained(tmp_path / "whole", 40, str)  # the recipe's own steps, which its stages replace
-    assert repr(trained).splitlines()[0] == f"{stage}: step 10 of 10" and not trained.unfinished
+    assert trained._facts()[0] == f"{stage}: step 10 of 10" and not trained.unfinished
 
 
 @dataclass(frozen=True)
