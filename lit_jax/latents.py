@@ -37,6 +37,7 @@ def cache_latents(
     size: int = 256,
     batch: int = 16,
     origin: Origin | None = None,
+    force: bool = False,
 ) -> None:
     """Encode the pictures of `source`, cropped as in training (`adm_crop`), into a folder that `open_source` reads by
     index.
@@ -45,7 +46,7 @@ def cache_latents(
     `moments`, [n, 2, row, col, 2 latent]: of the picture and of its mirror image, mean before logvar, not scaled; and
     `label`, int32, if the records have one. labels.json has the class names of the source, if known. The folder is
     renamed to `path` when it is complete. Raises InputError for a picture that does not decode, a moment that float16
-    cannot hold, in a job of several processes, and if `path` exists already.
+    cannot hold, in a job of several processes, and if `path` exists already (unless forced).
     """
 
     def encode(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
@@ -57,7 +58,7 @@ def cache_latents(
     if "image" not in source[0]:
         raise InputError("these records have no pictures to encode: name their column with image")
     embed = embedder(encode, mesh, batch)
-    with new_cache(path) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with new_cache(path, force=force) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def parts() -> Iterator[dict[str, np.ndarray]]:
             for start in track(range(0, len(source), batch), description="encoding"):

@@ -12,14 +12,14 @@ from heirloom.common.files import staged
 
 
 @contextmanager
-def new_cache(folder: Path) -> Iterator[Path]:
+def new_cache(folder: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields an empty folder that is renamed to `folder` when the block succeeds.
 
-    Raises InputError when `folder` exists, and in a job of several processes.
+    Raises InputError when `folder` exists (unless forced), and in a job of several processes.
     """
     if jax.process_count() > 1:
         raise InputError(f"this job has {jax.process_count()} processes, one writes a cache: run this on one host")
-    with staged(folder) as staging:
+    with staged(folder, force=force) as staging:
         staging.mkdir()
         yield staging
 
