@@ -1,6 +1,9 @@
 """Cached latents: what is kept, what comes back through the pipeline, and what a draw from it is."""
 
+import importlib
 import json
+import re
+import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 from PIL import Image
 
 from heirloom.common.checkpoint.convert import open_donor
-from heirloom.common.cli import main
+from heirloom.common.cli import main, script
 from heirloom.common.data.labelled import open_labelled, read_labels
 from heirloom.common.data.pictures import decode
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
@@ -135,8 +138,8 @@ def test_nothing_stands_under_the_name_unless_it_is_whole(donor, params, tmp_pat
         cache_latents(donor.cfg, donor.model, params, *arguments, size=16, batch=8)
 
 
-def test_a_recipe_is_cached_as_it_will_be_read(tmp_path, capsys):
-    """The command encodes at the size that the student takes, and training reads what it wrote."""
+def test_a_recipe_is_cached_as_it_will_be_read(tmp_path, capsys, monkeypatch):
+    """The command encodes at the size that the student takes, and training reads what it wrote; so does the script."""
     for name in ("ape", "bee"):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         Image.fromarray(Pictures()[len(name)]["image"]).save(tmp_path / "pictures" / name / "0.png")
@@ -146,11 +149,21 @@ def test_a_recipe_is_cached_as_it_will_be_read(tmp_path, capsys):
     assert "2 records encoded by" in capsys.readouterr().out
     source = read(tmp_path / "cache")
     assert [source[i]["label"] for i in range(2)] == [0, 1] and source[0]["moments"].shape == (2, 4, 4, 8)
-    assert read_labels(tmp_path / "cache") == ("ape", "bee")
-    cached = SourceConfig(str(tmp_path / "cache"), image="", text="")
-    with pytest.raises(InputError, match=r"cache has 2 classes \(ape, bee\), the model 1000"):
+    words = [str(tmp_path / "pictures"), str(tmp_path / "script"), "--size", "16", "--autoencoder", str(GOLDEN)]
+    monkeypatch.setattr(sys, "argv", ["cache_latents.py", *words])
+    importlib.import_module("cache_latents").main()
+    assert "class 0 is ape, class 1 is bee (labels.json)" in capsys.readouterr().out
+    assert all(read_labels(tmp_path / name) == ("ape", "bee") for name in ("cache", "script"))
+    cached = SourceConfig(str(tmp_path / "script"), image="", text="")
+    with pytest.raises(InputError, match=r"script has 2 classes \(ape, bee\), the model 1000"):
         open_labelled(cached, "label", 1000)
     assert open_labelled(cached, "label", 3, ("bee", "cow", "ape"))[0]["label"] == 2
+    same = read(tmp_path / "script")[1]["moments"], source[1]["moments"]
+    np.testing.assert_allclose(*same, rtol=2e-3, atol=1e-4)  # half precision, of batches of other sizes
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["cache_latents.py", *words, "--classes", "3"])
+    assert script("cache_latents", importlib.import_module("cache_latents").main) == 2
+    assert re.fullmatch(r"cache_latents: .*has 2 classes .*, the model 3: give.*\n", capsys.readouterr().err)
     assert main(["cache", "lit/s_2_256", str(tmp_path / "other"), *flags[:-1], str(tmp_path / "cache")]) == 2
     assert "is a latent cache already" in capsys.readouterr().err
     flags[3] = "3"
