@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -99,8 +98,10 @@ def check_made_of(cfg: "Config", data: SourceConfig, cache: TextCache) -> None:
     then = cache.about["data"] | {name: absolute(cache.about[name]) for name in models}
     made = {"ratios": cfg.ratios}
     if then | now == then:
-        with suppress(InputError):  # the pictures may be gone: the cache has what the training reads
+        try:
             made |= content_of(open_source(data), data)
+        except InputError as error:  # the pictures may be gone: the cache has what the training reads
+            remark(f"{cache.folder} is used without comparing it with its data ({error})")
     now |= {name: value for name, value in made.items() if name in cache.about}  # older caches have fewer
     then |= {name: cache.about[name] for name in made.keys() & cache.about}
     for name, value in now.items():

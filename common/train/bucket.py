@@ -101,7 +101,7 @@ def share() -> None:
         together(_nothing if copy else lambda: _download(address))
 
 
-def shown(config: Mapping[str, Any]) -> dict[str, Any]:
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config, as JSON, with the address for the local folder of the run: the same for every machine."""
     text = json.dumps(config)
     for address, copy in _open:

@@ -25,7 +25,7 @@ from heirloom.common.files import read_json, replacing
 from heirloom.common.paths import METRICS, local, stages_of
 from heirloom.common.processes import on_first
 from heirloom.common.train.bad_samples import BAD_SAMPLES, BadSamples, Feed
-from heirloom.common.train.bucket import apart, shown
+from heirloom.common.train.bucket import apart, portable
 from heirloom.common.train.lease import Lease
 from heirloom.common.train.metrics import Clock, MetricsFile, Recorder, Window, Work, last_scores
 from heirloom.common.train.progress import ProgressLine
@@ -99,7 +99,7 @@ class Run:
         """
         local(Path(directory), "a run")
         directory = Path(directory).absolute()
-        file, text = directory / "config.json", json.dumps(shown(config), indent=2)
+        file, text = directory / "config.json", json.dumps(portable(config), indent=2)
         lease: list[Lease] = []
 
         def take() -> None:

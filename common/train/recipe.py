@@ -34,7 +34,7 @@ from heirloom.common.surgery.report import provenance
 from heirloom.common.train.about import note_start, note_student
 from heirloom.common.train.abstract import Abstract, abstract_batch, abstract_params
 from heirloom.common.train.agreement import agree, one_place, versions
-from heirloom.common.train.bucket import apart, share, shown
+from heirloom.common.train.bucket import apart, portable, share
 from heirloom.common.train.liveness import watch_each_other
 from heirloom.common.train.loop import Cadence, Data, Run
 from heirloom.common.train.optim import OptimConfig, frozen_paths, make_optimizer
@@ -169,7 +169,7 @@ def run(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> None:
 def begin(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> Session | None:
     """Opens a run before its first phase. Returns None when the run is finished."""
     mesh = start(cfg.mesh)
-    agree({"config": shown(asdict(cfg)), "versions": versions()})
+    agree({"config": portable(asdict(cfg)), "versions": versions()})
     if not apart():
         one_place(directory)
     watch_each_other()

@@ -1,12 +1,16 @@
+import json
 import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
-from socket import create_server
+from socket import create_server, socketpair
+from threading import Event, Timer
 
 import pytest
+
+from heirloom.common.train import liveness
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 120  # seconds until a process that hangs is a failure
@@ -42,3 +46,18 @@ def test_processes_end_together_and_say_which_ended_first(how, last, others, sai
         lines = [line for line in error.splitlines() if line.startswith("heirloom:")]
         assert len(lines) == (1 if said else 0) and "Traceback" not in error, error
         assert said is None or re.fullmatch(said, lines[0])
+
+
+@pytest.mark.parametrize("outlives", [True, False])
+def test_a_process_with_last_files_to_copy_is_not_ended_by_bad_input_of_others(outlives, monkeypatch):
+    ours, theirs = socketpair()
+    ended, ending = [], Event()
+    monkeypatch.setattr(liveness, "_ending", ending)
+    monkeypatch.setattr(liveness, "OWN", 30 if outlives else 0.01)
+    monkeypatch.setattr(liveness.os, "_exit", lambda code: (ended.append(code), ending.set()))
+    if outlives:
+        Timer(0.1, liveness.outlive_others).start()
+    theirs.sendall(json.dumps({"process": 1, "host": "h", "code": 2, "why": "the loss diverged"}).encode() + b"\n")
+    with ours, theirs:
+        liveness._listen(liveness._Peer(ours, 1, "h"))
+    assert ended == ([] if outlives else [2])

@@ -149,8 +149,8 @@ def test_a_job_of_several_processes_has_no_run_in_memory(memory, monkeypatch):
 def test_the_config_of_a_run_names_the_bucket_not_this_machine(memory):
     with in_bucket(memory) as folder:
         config = {"donor": f"{folder}/stage_1/model", "steps": 3}
-        assert runs.shown(config) == {"donor": f"{memory}/stage_1/model", "steps": 3}
-    assert runs.shown(config) == config
+        assert runs.portable(config) == {"donor": f"{memory}/stage_1/model", "steps": 3}
+    assert runs.portable(config) == config
 
 
 def test_supervise_finds_the_states_in_the_bucket(memory, monkeypatch):
